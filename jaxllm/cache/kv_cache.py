@@ -1,0 +1,60 @@
+"""The arrays of the KV cache: their shapes, their shardings, their allocation."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxllm.cache.spec import CacheSpec
+from jaxllm.pallas_kernels.attention import LayerCache, cache_order
+from jaxllm.sharding.apply import Sharder
+
+AXIS_NAMES = {"P": "pages", "S": None, "K": "kv_heads", "D": None}
+
+Caches = tuple[LayerCache, ...]
+
+
+def abstract_caches(
+    specs: Sequence[CacheSpec],
+    num_pages: int,
+    page_size: int,
+    dtype: DTypeLike,
+    sharder: Sharder,
+) -> Caches:
+    """Returns the shapes and shardings of (K, V) for each layer.
+
+    Args:
+        specs: One a layer.
+        num_pages: Pages in the pool, the trash page included (P).
+        page_size: Slots in a page (S).
+        dtype: Of the stored keys and values.
+        sharder: The layout on its mesh.
+    """
+    order = cache_order(sharder.mesh.devices.flat[0].platform)
+    sharding = sharder.sharding(*(AXIS_NAMES[axis] for axis in order))
+
+    def pages(spec: CacheSpec) -> jax.ShapeDtypeStruct:
+        sizes = {"P": num_pages, "S": page_size, "K": spec.num_kv_heads, "D": spec.head_dim}
+        return jax.ShapeDtypeStruct(
+            tuple(sizes[axis] for axis in order), jnp.dtype(dtype), sharding=sharding
+        )
+
+    return tuple((pages(spec), pages(spec)) for spec in specs)
+
+
+def allocate(
+    abstract: Caches, fill: Callable[..., jax.Array] = jnp.zeros
+) -> Caches:
+    """Returns arrays of the given shapes on their devices, never on the host first."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    make = jax.jit(
+        lambda: jax.tree.map(lambda leaf: fill(leaf.shape, dtype=leaf.dtype), abstract),
+        out_shardings=shardings,
+    )
+    return make()
+
+
+def bytes_per_token(specs: Sequence[CacheSpec], dtype: DTypeLike) -> int:
+    """Bytes that one token takes over all layers and devices."""
+    return sum(spec.elements_per_token() for spec in specs) * jnp.dtype(dtype).itemsize

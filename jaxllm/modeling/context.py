@@ -1,0 +1,31 @@
+"""What a step hands to every layer: positions and the attention over the step's tokens.
+
+It is a pytree and an argument, never a global: a layer called twice with the
+same values does the same thing.
+"""
+
+from dataclasses import dataclass
+
+import jax
+
+from jaxllm.pallas_kernels.attention import Attend
+from jaxllm.sharding.apply import Sharder
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything of one step that layers share."""
+
+    rope: tuple[jax.Array, jax.Array]
+    """Cosines and sines of the step's positions, float32 [T, D/2] each."""
+
+    attend: Attend
+    """Attention of the step's tokens: `(q, k, v, cache, spec) -> (out, cache)`."""
+
+    sharder: Sharder
+    """Pins intermediate arrays to the layout (static)."""
+
+
+jax.tree_util.register_dataclass(
+    Context, data_fields=("rope", "attend"), meta_fields=("sharder",)
+)

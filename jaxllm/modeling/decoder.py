@@ -1,0 +1,124 @@
+"""The decoder: embedding, layers, final norm, output head.
+
+One definition for the engine and for the cacheless forward; they differ in the
+`Attend` of the context and in whether there are caches.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxllm.cache.spec import CacheSpec
+from jaxllm.modeling.config import ModelConfig
+from jaxllm.modeling.context import Context
+from jaxllm.modeling.layers.attention import Attention
+from jaxllm.modeling.layers.embedding import Embedding
+from jaxllm.modeling.layers.mlp import GatedMLP
+from jaxllm.modeling.layers.norm import RMSNorm
+from jaxllm.modeling.layers.rope import rope_tables
+from jaxllm.pallas_kernels.attention import Attend, LayerCache
+from jaxllm.sharding.apply import Sharder
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(
+        self, config: ModelConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        norm = functools.partial(
+            RMSNorm, config.embed_dim, eps=config.norm_eps, dtype=dtype, rngs=rngs
+        )
+        self.attn_norm = norm()
+        self.attn = Attention(config, layer, dtype=dtype, rngs=rngs)
+        self.mlp_norm = norm()
+        self.mlp = GatedMLP(
+            config.embed_dim,
+            config.mlp_dim,
+            activation=config.activation,
+            bias=config.mlp_bias,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x: jax.Array, cache: LayerCache, ctx: Context
+    ) -> tuple[jax.Array, LayerCache]:
+        """[T, E] and this layer's cache -> [T, E] and the cache, written."""
+        attended, cache = self.attn(self.attn_norm(x), cache, ctx)
+        x = ctx.sharder.pin(x + attended, "tokens", "embed")
+        x = ctx.sharder.pin(x + self.mlp(self.mlp_norm(x)), "tokens", "embed")
+        return x, cache
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _run_layer(
+    graph: nnx.GraphDef[Any], state: nnx.State, x: jax.Array, cache: LayerCache, ctx: Context
+) -> tuple[jax.Array, LayerCache]:
+    """Runs one layer. An inner jit: layers of one graph are traced and lowered once."""
+    return nnx.merge(graph, state)(x, cache, ctx)
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.embed_dim, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(
+            [DecoderLayer(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)]
+        )
+        self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else Embedding(config.vocab_size, config.embed_dim, dtype=dtype, rngs=rngs)
+        )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        caches: Sequence[LayerCache],
+        attend: Attend,
+        sharder: Sharder,
+    ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+        """Runs all layers on a flat stream of tokens.
+
+        Args:
+            tokens: int32 [T].
+            positions: int32 [T], of each token in its sequence.
+            caches: What each layer keeps; None each in a cacheless forward.
+            attend: Attention of these tokens.
+            sharder: Pins intermediate arrays to the layout.
+
+        Returns:
+            The hidden states after the final norm [T, E], and the caches.
+        """
+        rope = rope_tables(self.config.rope, self.config.head_dim, positions)
+        ctx = Context(rope=rope, attend=attend, sharder=sharder)
+        x = sharder.pin(self.embed(tokens), "tokens", "embed")
+        written = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = _run_layer(*nnx.split(layer), x, cache, ctx)
+            written.append(cache)
+        return self.norm(x), tuple(written)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[R, E] -> float32 [R, V]."""
+        logits = (self.head or self.embed).logits(hidden)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def cache_specs(self) -> tuple[CacheSpec, ...]:
+        """Returns what each layer keeps, in layer order."""
+        config = self.config
+        return tuple(
+            CacheSpec(kind="paged", num_kv_heads=config.num_kv_heads, head_dim=config.head_dim)
+            for _ in range(config.num_layers)
+        )

@@ -1,0 +1,1 @@
+"""The layer library. No layer knows a model's name, a mesh or a batch."""

@@ -1,0 +1,69 @@
+"""Self-attention: projections, norms and rotation around one call of `ctx.attend`."""
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxllm.modeling.config import ModelConfig
+from jaxllm.modeling.context import Context
+from jaxllm.modeling.layers.linear import Linear
+from jaxllm.modeling.layers.norm import RMSNorm
+from jaxllm.modeling.layers.rope import rotate
+from jaxllm.pallas_kernels.attention import AttentionSpec, LayerCache
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions.
+
+    Queries, keys and values are one weight `[K, G+2, D, E]`: a KV head with its
+    query heads lies together, so a device that owns the KV head owns them all.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        group = config.group_size
+        self.qkv = Linear(
+            {"embed": config.embed_dim},
+            {"kv_heads": config.num_kv_heads, "parts": group + 2, "head_dim": config.head_dim},
+            parts=(group, 1, 1),
+            bias=config.qkv_bias,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.o = Linear(
+            {"q_heads": config.num_heads, "head_dim": config.head_dim},
+            {"embed": config.embed_dim},
+            bias=config.o_bias,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        norms = [
+            RMSNorm(
+                config.head_dim, axis="head_dim", eps=config.norm_eps, dtype=dtype, rngs=rngs
+            )
+            if config.qk_norm
+            else None
+            for _ in range(2)
+        ]
+        self.q_norm, self.k_norm = norms
+        self.group_size = group
+        self.spec = AttentionSpec(
+            scale=config.attn_scale or config.head_dim**-0.5,
+            window=config.window(layer),
+            softcap=config.attn_softcap,
+        )
+
+    def __call__(
+        self, x: jax.Array, cache: LayerCache, ctx: Context
+    ) -> tuple[jax.Array, LayerCache]:
+        """[T, E] and this layer's cache -> [T, E] and the cache, written."""
+        qkv = self.qkv(x)  # [T, K, G+2, D]
+        q = qkv[:, :, : self.group_size]  # [T, K, G, D]
+        k, v = qkv[:, :, self.group_size], qkv[:, :, self.group_size + 1]  # [T, K, D]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
+        q = q.reshape(q.shape[0], -1, q.shape[-1])  # [T, H, D]
+        out, cache = ctx.attend(q, k, v, cache, self.spec)
+        return self.o(out), cache

@@ -1,0 +1,99 @@
+"""Linear maps, several of them fused in one array where they share an input.
+
+A weight is stored `[*out, *in]`: XLA reads that order at memory bandwidth in a
+matrix-vector product, on CPU and through cuBLASLt. The fused axis is kept apart
+from the sharded one (`[K, G+2, D, E]`, `[2, F, E]`), so that splitting the
+result never moves data between devices.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+
+def normal_init(key: jax.Array, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike) -> jax.Array:
+    """Draws weights with variance `1 / fan_in`; for training and dummy weights."""
+    return (jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype)
+
+
+def contract(x: jax.Array, weight: jax.Array, num_in: int = 1) -> jax.Array:
+    """Multiplies the last `num_in` axes of `x` with those of `weight`, in float32.
+
+    A bfloat16 product is accumulated and returned in float32: that is the form
+    that XLA:CPU runs fast, and the caller rounds once. float32 means float32: no
+    TF32 on a GPU.
+
+    Args:
+        x: [..., *in].
+        weight: [*out, *in], of the dtype of `x`.
+        num_in: How many axes are contracted.
+
+    Returns:
+        float32 [..., *out].
+    """
+    axes_x = tuple(range(x.ndim - num_in, x.ndim))
+    axes_w = tuple(range(weight.ndim - num_in, weight.ndim))
+    precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x,
+        weight,
+        ((axes_x, axes_w), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+class Linear(nnx.Module):
+    """`x @ weight.T + bias` over named axes, one or several maps in one array.
+
+    The parameters carry what the loader needs to fill them from a checkpoint:
+    `axes` (axis names), `num_in` (how many trailing axes are inputs) and `parts`
+    (sizes of the checkpoint's tensors along the first unnamed axis, in order).
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, int],
+        outputs: Mapping[str, int],
+        *,
+        parts: tuple[int, ...] = (),
+        bias: bool = False,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Declares the map.
+
+        Args:
+            inputs: Size of each input axis by name, in order.
+            outputs: Size of each output axis by name, in order; the axis named
+                `parts` holds the fused maps and is never sharded.
+            parts: How the checkpoint's tensors divide the axis `parts`.
+            bias: Whether there is a bias.
+            dtype: Of the parameters.
+            rngs: Source of the initial values.
+        """
+        out_shape, in_shape = tuple(outputs.values()), tuple(inputs.values())
+        out_axes = tuple(None if name == "parts" else name for name in outputs)
+        self.num_in = len(in_shape)
+        self.weight = nnx.Param(
+            normal_init(rngs.params(), out_shape + in_shape, math.prod(in_shape), dtype),
+            axes=(*out_axes, *inputs),
+            num_in=self.num_in,
+            parts=parts,
+        )
+        self.bias = (
+            nnx.Param(jnp.zeros(out_shape, dtype), axes=out_axes, num_in=0, parts=parts)
+            if bias
+            else None
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., *in] -> [..., *out], of the dtype of `x`."""
+        y = contract(x, self.weight[...], self.num_in)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)

@@ -1,0 +1,50 @@
+"""Feed-forward layers."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxllm.modeling.layers.linear import Linear
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+class GatedMLP(nnx.Module):
+    """`down(activation(gate(x)) * up(x))`: the feed-forward of the Llama family."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        mlp_dim: int,
+        *,
+        activation: str,
+        bias: bool = False,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.gate_up = Linear(
+            {"embed": embed_dim},
+            {"parts": 2, "mlp": mlp_dim},
+            parts=(1, 1),
+            bias=bias,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.down = Linear({"mlp": mlp_dim}, {"embed": embed_dim}, bias=bias, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[T, E] -> [T, E]."""
+        gate_up = self.gate_up(x)  # [T, 2, F]
+        gate, up = gate_up[..., 0, :], gate_up[..., 1, :]  # [T, F]
+        return self.down(ACTIVATIONS[self.activation](gate) * up)

@@ -1,0 +1,118 @@
+"""Rotary position embeddings (arXiv:2104.09864) and their context scalings.
+
+The frequencies are worked out once on the host, in float32 and with the
+formulas of transformers' `modeling_rope_utils`, because a difference in the last
+bit of a frequency grows with the position.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.modeling.config import RopeConfig
+
+F32 = np.float32
+Frequencies = tuple[np.ndarray, float]
+
+
+def _default(rope: RopeConfig, dim: int) -> Frequencies:
+    exponents = np.arange(0, dim, 2, dtype=F32) / F32(dim)
+    return F32(1.0) / np.power(F32(rope.theta), exponents), 1.0
+
+
+def _linear(rope: RopeConfig, dim: int) -> Frequencies:
+    inv_freq, scale = _default(rope, dim)
+    return inv_freq / F32(rope.factor), scale
+
+
+def _llama3(rope: RopeConfig, dim: int) -> Frequencies:
+    """Llama 3.1: slow frequencies divided by `factor`, with a smooth step between."""
+    inv_freq, scale = _default(rope, dim)
+    wavelen = F32(2 * math.pi) / inv_freq
+    low_wavelen = rope.original_max_position / rope.low_freq_factor
+    high_wavelen = rope.original_max_position / rope.high_freq_factor
+    smooth = (F32(rope.original_max_position) / wavelen - F32(rope.low_freq_factor)) / F32(
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blended = (1 - smooth) * inv_freq / F32(rope.factor) + smooth * inv_freq
+    scaled = np.where(wavelen > low_wavelen, inv_freq / F32(rope.factor), inv_freq)
+    medium = (wavelen >= high_wavelen) & (wavelen <= low_wavelen)
+    return np.where(medium, blended, scaled).astype(F32), scale
+
+
+def _yarn(rope: RopeConfig, dim: int) -> Frequencies:
+    """YaRN (arXiv:2309.00071)."""
+
+    def dim_of(rotations: float) -> float:
+        span = rope.original_max_position / (rotations * 2 * math.pi)
+        return dim * math.log(span) / (2 * math.log(rope.theta))
+
+    low, high = dim_of(rope.beta_fast), dim_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    high = high + 0.001 if low == high else high
+    ramp = np.clip((np.arange(dim // 2, dtype=F32) - F32(low)) / F32(high - low), 0, 1)
+
+    inv_freq, _ = _default(rope, dim)
+    keep = F32(1) - ramp  # 1 where a dimension turns fast and is left alone
+    mixed = inv_freq / F32(rope.factor) * (F32(1) - keep) + inv_freq * keep
+    return mixed.astype(F32), _yarn_attention_factor(rope)
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    return mscale(1.0)
+
+
+KINDS: dict[str, Callable[[RopeConfig, int], Frequencies]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+
+
+def rope_tables(
+    rope: RopeConfig, head_dim: int, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns cos and sin of every rotation.
+
+    Args:
+        rope: Which scaling, with its numbers.
+        head_dim: Rotated size of a head (D).
+        positions: int32 [T].
+
+    Returns:
+        Two float32 [T, D/2].
+    """
+    inv_freq, scale = KINDS[rope.kind](rope, head_dim)
+    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(inv_freq)[None, :]
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates each head: dimension i is paired with i + D/2.
+
+    Args:
+        x: [T, ..., D].
+        cos: float32 [T, D/2].
+        sin: float32 [T, D/2].
+
+    Returns:
+        The same shape and dtype as `x`.
+    """
+    middle = (1,) * (x.ndim - 2)
+    cos, sin = (t.reshape(t.shape[0], *middle, t.shape[1]) for t in (cos, sin))
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -1,0 +1,24 @@
+"""Attention of one step's tokens: over a paged cache, or over the tokens alone.
+
+Both forms are a pytree that is called as `attend(q, k, v, cache, spec)`, so one
+definition of a model serves the engine (`PagedAttend`) and the cacheless forward
+(`DenseAttend`: the oracle, training, pooling).
+"""
+
+from jaxllm.pallas_kernels.attention.dense import DenseAttend
+from jaxllm.pallas_kernels.attention.paged import PagedAttend
+from jaxllm.pallas_kernels.attention.spec import (
+    Attend,
+    AttentionSpec,
+    LayerCache,
+    cache_order,
+)
+
+__all__ = [
+    "Attend",
+    "AttentionSpec",
+    "DenseAttend",
+    "LayerCache",
+    "PagedAttend",
+    "cache_order",
+]

@@ -1,0 +1,107 @@
+"""The paged attention op: writes the step's keys and values, then attends.
+
+The tokens of a step come with their rows already laid out by the host
+(`batch.pack`): rows with one token first, one token each; then the chunks of
+longer rows, cut into query blocks of `block_q` tokens that belong to one row.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.pallas_kernels.attention import xla
+from jaxllm.pallas_kernels.attention.spec import AttentionSpec, LayerCache
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QueryBlocks:
+    """The chunks of a step, cut into blocks of tokens of one row each."""
+
+    rows: jax.Array
+    """int32 [NQ], the row of each block; ascending starts, unused ones last."""
+
+    starts: jax.Array
+    """int32 [NQ], index of the block's first token in the step."""
+
+    positions: jax.Array
+    """int32 [T], position of each token in its sequence."""
+
+    count: jax.Array
+    """int32 [], how many blocks are in use."""
+
+
+@dataclass(frozen=True)
+class PagedAttend:
+    """Attention over a paged cache, for tokens laid out as above."""
+
+    slot_mapping: jax.Array
+    """int32 [T], where each token's key and value are written; trash page for padding."""
+
+    page_table: jax.Array
+    """int32 [B, M], pages of each row in order; 0 beyond its last."""
+
+    kv_lens: jax.Array
+    """int32 [B], tokens of each row in the cache after this step; 0 for padding."""
+
+    num_decodes: jax.Array
+    """int32 [], rows with one token; their tokens are the first of the step."""
+
+    blocks: QueryBlocks | None
+    """The chunks; None in a program that has none."""
+
+    order: str
+    """Axis order of the cache, of `spec.cache_order` (static)."""
+
+    decode_rows: int
+    """Rows that may be decodes in this program: 0 or B (static)."""
+
+    block_q: int
+    """Tokens in a query block (static)."""
+
+    dynamic_trips: bool
+    """Whether the loop over blocks stops at the last used one (static): cheap on
+    CPU; on a GPU a fixed trip count spares a wait of the host in each iteration."""
+
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, spec: AttentionSpec
+    ) -> tuple[jax.Array, LayerCache]:
+        """q [T, H, D], k and v [T, K, D], (K, V) pages -> [T, H, D], the pages written."""
+        if cache is None:
+            raise ValueError("PagedAttend needs a cache; use DenseAttend for a forward without.")
+        self.check_shapes(q, k, cache)
+        pages = tuple(
+            xla.write(held, new, self.slot_mapping, self.order)
+            for held, new in zip(cache, (k, v), strict=True)
+        )
+        out = jnp.zeros_like(q)
+        if self.blocks is not None:
+            out = xla.attend_blocks(q, pages, self, spec)
+        if self.decode_rows:
+            decoded = xla.attend_rows(q[: self.decode_rows], pages, self, spec)
+            is_decode = jnp.arange(self.decode_rows) < self.num_decodes
+            rest = out[: self.decode_rows]
+            out = out.at[: self.decode_rows].set(
+                jnp.where(is_decode[:, None, None], decoded, rest)
+            )
+        return out, pages
+
+    def check_shapes(self, q: jax.Array, k: jax.Array, cache: tuple[jax.Array, ...]) -> None:
+        """Raises ValueError where the operands do not belong together (trace time)."""
+        num_tokens, num_heads, head_dim = q.shape
+        num_kv_heads = k.shape[1]
+        held = dict(zip(self.order, cache[0].shape, strict=True))
+        if k.shape != (num_tokens, num_kv_heads, head_dim) or num_heads % num_kv_heads:
+            raise ValueError(f"q {q.shape} and k {k.shape} do not fit: need [T, H, D], [T, K, D].")
+        if (held["K"], held["D"]) != (num_kv_heads, head_dim):
+            raise ValueError(f"cache {cache[0].shape} as {self.order} does not fit k {k.shape}.")
+        if self.slot_mapping.shape != (num_tokens,):
+            raise ValueError(f"slot_mapping {self.slot_mapping.shape} is not [T={num_tokens}].")
+
+
+jax.tree_util.register_dataclass(
+    PagedAttend,
+    data_fields=("slot_mapping", "page_table", "kv_lens", "num_decodes", "blocks"),
+    meta_fields=("order", "decode_rows", "block_q", "dynamic_trips"),
+)

@@ -1,0 +1,170 @@
+"""Paged attention in plain XLA: every platform, and the only path where Pallas is not.
+
+Keys of a row are gathered page by page and multiplied with its query heads in
+groups, never repeated. Softmax is float32. V is masked before the second
+product: a page may hold NaN from its last owner, and `0 * NaN` is NaN.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.pallas_kernels.attention.spec import MASKED, AttentionSpec, capped, precision_of
+
+if TYPE_CHECKING:
+    from jaxllm.pallas_kernels.attention.paged import PagedAttend
+
+# Einsum letters by cache order: of gathered rows, of their scores; the same for one row.
+# c: keys of a row (M * S), b: rows, q: queries of a block, g: heads of a group.
+LETTERS = {"PSKD": ("bckd", "bkgc", "ckd"), "KPSD": ("kbcd", "kbgc", "kcd")}
+
+
+def write(pages: jax.Array, new: jax.Array, slots: jax.Array, order: str) -> jax.Array:
+    """Puts each token's row into its slot, in place where `pages` is donated.
+
+    Args:
+        pages: One layer's K or V, axes in `order`.
+        new: [T, K, D].
+        slots: int32 [T], page * S + offset. The trash page may come many times.
+        order: Of `spec.cache_order`.
+    """
+    shape = pages.shape
+    new = new.astype(pages.dtype)
+    if order == "PSKD":
+        flat = pages.reshape(shape[0] * shape[1], *shape[2:])
+        return flat.at[slots].set(new, mode="promise_in_bounds").reshape(shape)
+    flat = pages.reshape(shape[0], shape[1] * shape[2], shape[3])
+    by_head = new.transpose(1, 0, 2)  # [K, T, D]
+    return flat.at[:, slots].set(by_head, mode="promise_in_bounds").reshape(shape)
+
+
+def gather(pages: jax.Array, table: jax.Array, order: str) -> jax.Array:
+    """Returns the slots of the pages in `table` [*, M], letters as in `LETTERS`."""
+    lead = table.shape[:-1]
+    axis = order.index("P")
+    found = jnp.take(pages, table, axis=axis, mode="clip")  # M and S stand side by side
+    sizes = found.shape
+    at = axis + len(lead)
+    return found.reshape(*sizes[:at], sizes[at] * sizes[at + 1], *sizes[at + 2 :])
+
+
+def _visible(keys: jax.Array, queries: jax.Array, length: jax.Array, window: int | None):  # noqa: ANN202
+    """Whether a query sees a key, by position; all broadcast."""
+    seen = (keys <= queries) & (keys < length)
+    return seen if window is None else seen & (keys > queries - window)
+
+
+def attend_rows(
+    q: jax.Array, pages: tuple[jax.Array, ...], step: PagedAttend, spec: AttentionSpec
+) -> jax.Array:
+    """Attention of rows with one token each, the last of their sequence.
+
+    Args:
+        q: [B, H, D].
+        pages: K and V of the layer.
+        step: `page_table` [B, M] and `kv_lens` [B] are used.
+        spec: The layer's constants.
+
+    Returns:
+        [B, H, D]; zeros where `kv_lens` is 0.
+    """
+    kv, score, _ = LETTERS[step.order]
+    keys, values = (gather(p, step.page_table, step.order) for p in pages)
+    num_rows, num_heads, head_dim = q.shape
+    num_kv_heads = pages[0].shape[step.order.index("K")]
+    grouped = q.reshape(num_rows, num_kv_heads, -1, head_dim)  # [B, K, G, D]
+    scores = jnp.einsum(
+        f"bkgd,{kv}->{score}",
+        grouped,
+        keys,
+        precision=precision_of(q),
+        preferred_element_type=jnp.float32,
+    )
+    scores = capped(scores * spec.scale, spec.softcap)
+
+    at = jnp.arange(keys.shape[kv.index("c")], dtype=jnp.int32)[None, :]
+    length = step.kv_lens[:, None]
+    seen = _visible(at, length - 1, length, spec.window)  # [B, C]
+    probs = jax.nn.softmax(jnp.where(_spread(seen, "bc", score), scores, MASKED), axis=-1)
+    values = jnp.where(_spread(seen, "bc", kv), values, 0)
+    out = jnp.einsum(
+        f"{score},{kv}->bkgd",
+        probs.astype(values.dtype),
+        values,
+        precision=precision_of(q),
+        preferred_element_type=jnp.float32,
+    )
+    return out.astype(q.dtype).reshape(num_rows, num_heads, head_dim)
+
+
+def attend_blocks(
+    q: jax.Array, pages: tuple[jax.Array, ...], step: PagedAttend, spec: AttentionSpec
+) -> jax.Array:
+    """Attention of query blocks, one after the other.
+
+    A block is read and written as `block_q` consecutive tokens. Where its row
+    ends sooner, the tokens after it are computed wrongly and then overwritten by
+    the blocks that own them, as blocks come in ascending order; past the last
+    block there is padding only. Decodes lie before all blocks.
+
+    Args:
+        q: [T, H, D].
+        pages: K and V of the layer.
+        step: `blocks`, `page_table` and `kv_lens` are used.
+        spec: The layer's constants.
+
+    Returns:
+        [T, H, D]; zeros where no block is.
+    """
+    blocks = step.blocks
+    if blocks is None:
+        raise ValueError("attend_blocks was called for a step without query blocks.")
+    _, _, kv = LETTERS[step.order]
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = pages[0].shape[step.order.index("K")]
+    overhang = ((0, step.block_q), (0, 0), (0, 0))
+    q_padded = jnp.pad(q, overhang)
+    positions = jnp.pad(blocks.positions, overhang[0])
+
+    def attend_one(i: jax.Array, out: jax.Array) -> jax.Array:
+        row, start = blocks.rows[i], blocks.starts[i]
+        query = jax.lax.dynamic_slice_in_dim(q_padded, start, step.block_q)
+        query_at = jax.lax.dynamic_slice_in_dim(positions, start, step.block_q)[:, None]
+        keys, values = (gather(p, step.page_table[row], step.order) for p in pages)
+        grouped = query.reshape(step.block_q, num_kv_heads, -1, head_dim)
+        scores = jnp.einsum(
+            f"qkgd,{kv}->kgqc",
+            grouped,
+            keys,
+            precision=precision_of(q),
+            preferred_element_type=jnp.float32,
+        )
+        scores = capped(scores * spec.scale, spec.softcap)
+
+        at = jnp.arange(keys.shape[kv.index("c")], dtype=jnp.int32)
+        length = step.kv_lens[row]
+        seen = _visible(at[None, :], query_at, length, spec.window)  # [Q, C]
+        probs = jax.nn.softmax(jnp.where(_spread(seen, "qc", "kgqc"), scores, MASKED), axis=-1)
+        values = jnp.where(_spread(at < length, "c", kv), values, 0)
+        attended = jnp.einsum(
+            f"kgqc,{kv}->qkgd",
+            probs.astype(values.dtype),
+            values,
+            precision=precision_of(q),
+            preferred_element_type=jnp.float32,
+        )
+        attended = attended.astype(q.dtype).reshape(step.block_q, num_heads, head_dim)
+        return jax.lax.dynamic_update_slice_in_dim(out, attended, start, axis=0)
+
+    trips = blocks.count if step.dynamic_trips else blocks.rows.shape[0]
+    out = jax.lax.fori_loop(0, trips, attend_one, jnp.zeros_like(q_padded))
+    return out[:num_tokens]
+
+
+def _spread(x: jax.Array, letters: str, target: str) -> jax.Array:
+    """Reshapes `x` so that it broadcasts against an array with letters `target`."""
+    sizes = dict(zip(letters, x.shape, strict=True))
+    return x.reshape([sizes.get(letter, 1) for letter in target])

@@ -1,0 +1,1 @@
+"""Meshes, layouts, and how a layout is applied to named axes."""
