@@ -1,3 +1,30 @@
 """LLM inference in JAX: vLLM's offline API, in your own process."""
 
+from jaxllm.errors import (
+    CheckpointError,
+    ConfigError,
+    JaxLLMError,
+    NonFiniteError,
+    RequestError,
+    UnsupportedModelError,
+)
+from jaxllm.llm import LLM
+from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
+from jaxllm.sampling_params import SamplingParams
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "CheckpointError",
+    "CompletionOutput",
+    "ConfigError",
+    "JaxLLMError",
+    "Logprob",
+    "NonFiniteError",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "UnsupportedModelError",
+    "__version__",
+]

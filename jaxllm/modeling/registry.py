@@ -9,7 +9,7 @@ import json
 import warnings
 from collections.abc import Callable, Set
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -87,12 +87,7 @@ def read_hf_config(folder: Path) -> PreTrainedConfig:
             "config.json. Give the folder that holds config.json and *.safetensors, or a hub id "
             "such as 'Qwen/Qwen3-0.6B'."
         )
-    try:
-        stated = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} is not valid JSON ({error}). Download the file again."
-        ) from error
+    stated = read_json(path)
     if "quantization_config" in stated:
         method = stated["quantization_config"].get("quant_method")
         raise UnsupportedModelError(
@@ -105,6 +100,23 @@ def read_hf_config(folder: Path) -> PreTrainedConfig:
         raise UnsupportedModelError(
             f"config.json of {str(folder)!r} cannot be read: {error}"
         ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns a JSON object of a checkpoint.
+
+    Raises:
+        CheckpointError: The file is not one.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} is not valid JSON ({error}). Download the file again."
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{str(path)!r} is not a JSON object. Download the file again.")
+    return value
 
 
 def family_of(hf: PreTrainedConfig) -> tuple[str, Family]:

@@ -6,7 +6,7 @@ definition of a model serves the engine (`PagedAttend`) and the cacheless forwar
 """
 
 from jaxllm.pallas_kernels.attention.dense import DenseAttend
-from jaxllm.pallas_kernels.attention.paged import PagedAttend
+from jaxllm.pallas_kernels.attention.paged import PagedAttend, QueryBlocks
 from jaxllm.pallas_kernels.attention.spec import (
     Attend,
     AttentionSpec,
@@ -20,5 +20,6 @@ __all__ = [
     "DenseAttend",
     "LayerCache",
     "PagedAttend",
+    "QueryBlocks",
     "cache_order",
 ]

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # c: keys of a row (M * S), b: rows, q: queries of a block, g: heads of a group.
 LETTERS = {"PSKD": ("bckd", "bkgc", "ckd"), "KPSD": ("kbcd", "kbgc", "kcd")}
 
+GATHER_BYTES = 64 << 20
+"""Most bytes of gathered keys of one layer at once; more rows go in groups."""
+
 
 def write(pages: jax.Array, new: jax.Array, slots: jax.Array, order: str) -> jax.Array:
     """Puts each token's row into its slot, in place where `pages` is donated.
@@ -71,10 +74,36 @@ def attend_rows(
     Returns:
         [B, H, D]; zeros where `kv_lens` is 0.
     """
-    kv, score, _ = LETTERS[step.order]
-    keys, values = (gather(p, step.page_table, step.order) for p in pages)
+    num_rows = q.shape[0]
+    row_bytes = step.page_table.shape[1] * pages[0].nbytes // pages[0].shape[step.order.index("P")]
+    num_groups = 1
+    while num_rows * row_bytes > GATHER_BYTES * num_groups and num_groups < num_rows:
+        num_groups *= 2  # B is a power of two
+
+    def attend_group(group: tuple[jax.Array, ...]) -> jax.Array:
+        return _attend_rows(*group, pages, step.order, spec)
+
+    operands = (q, step.page_table, step.kv_lens)
+    if num_groups == 1:
+        return attend_group(operands)
+    size = num_rows // num_groups
+    grouped = tuple(x.reshape(num_groups, size, *x.shape[1:]) for x in operands)
+    return jax.lax.map(attend_group, grouped).reshape(q.shape)
+
+
+def _attend_rows(
+    q: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    pages: tuple[jax.Array, ...],
+    order: str,
+    spec: AttentionSpec,
+) -> jax.Array:
+    """Attention of a group of rows whose keys are gathered together."""
+    kv, score, _ = LETTERS[order]
+    keys, values = (gather(p, page_table, order) for p in pages)
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads = pages[0].shape[step.order.index("K")]
+    num_kv_heads = pages[0].shape[order.index("K")]
     grouped = q.reshape(num_rows, num_kv_heads, -1, head_dim)  # [B, K, G, D]
     scores = jnp.einsum(
         f"bkgd,{kv}->{score}",
@@ -86,7 +115,7 @@ def attend_rows(
     scores = capped(scores * spec.scale, spec.softcap)
 
     at = jnp.arange(keys.shape[kv.index("c")], dtype=jnp.int32)[None, :]
-    length = step.kv_lens[:, None]
+    length = kv_lens[:, None]
     seen = _visible(at, length - 1, length, spec.window)  # [B, C]
     probs = jax.nn.softmax(jnp.where(_spread(seen, "bc", score), scores, MASKED), axis=-1)
     values = jnp.where(_spread(seen, "bc", kv), values, 0)

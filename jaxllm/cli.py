@@ -1,0 +1,76 @@
+"""The command `jaxllm`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from jaxllm.errors import JaxLLMError
+
+DEMO_NOTE = (
+    "The demo model is tiny and was trained on the Python standard library's sources: "
+    "it imitates code and knows nothing."
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the command line's grammar."""
+    top = argparse.ArgumentParser(prog="jaxllm", description="LLM inference in JAX.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="continue a prompt")
+    generate.add_argument("prompt", help="the text to continue")
+    generate.add_argument(
+        "--model", default="demo", help="hub id or folder; by default the model that ships along"
+    )
+    generate.add_argument("--max-tokens", type=int, default=64, help="most tokens to generate")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    generate.add_argument("--seed", type=int, help="makes sampling repeatable")
+    generate.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    generate.add_argument("--max-model-len", type=int, help="most tokens of a sequence")
+    generate.set_defaults(run=run_generate)
+
+    models = commands.add_parser("models", help="list the architectures that can be loaded")
+    models.set_defaults(run=run_models)
+    return top
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """Prints the prompt and its continuation."""
+    from jaxllm.llm import LLM  # JAX takes a second to import; --help need not wait
+    from jaxllm.sampling_params import SamplingParams
+
+    params = SamplingParams(
+        temperature=args.temperature, seed=args.seed, max_tokens=args.max_tokens
+    )
+    with LLM(args.model, dtype=args.dtype, max_model_len=args.max_model_len) as llm:
+        output = llm.generate(args.prompt, params)[0].outputs[0]
+    if args.model == "demo":
+        print(DEMO_NOTE, file=sys.stderr)
+    print(args.prompt + output.text)
+
+
+def run_models(args: argparse.Namespace) -> None:
+    """Prints the registry."""
+    from jaxllm.modeling.registry import ARCHITECTURES
+
+    del args
+    for name, family in sorted(ARCHITECTURES.items()):
+        print(f"{name}  (family {family})")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line, and returns its exit status.
+
+    An error that jaxllm raises on purpose is a sentence for the user, so it is
+    printed without a traceback.
+    """
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except JaxLLMError as error:
+        print(f"jaxllm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jaxllm: interrupted", file=sys.stderr)
+        return 130
+    return 0

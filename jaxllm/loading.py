@@ -1,0 +1,231 @@
+"""From a model's name to a model on its devices: the steps of a load, in order.
+
+Everything that can be refused is refused before a weight is read: the config,
+the layout, the tensors' names and shapes, the memory.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from tqdm.auto import tqdm
+
+from jaxllm.buckets import Buckets
+from jaxllm.cache.kv_cache import bytes_per_token
+from jaxllm.cache.memory import GIB, MemoryPlan, plan_memory, temp_bound
+from jaxllm.config import EngineConfig
+from jaxllm.devices import memory_limit, resolve_dtype
+from jaxllm.errors import ConfigError
+from jaxllm.modeling import registry, weights
+from jaxllm.modeling.abstract import AbstractModel, abstract_model, init_params
+from jaxllm.modeling.config import ModelConfig
+from jaxllm.sharding.apply import Sharder
+
+logger = logging.getLogger("jaxllm")
+
+CPU_CACHE = 1 << 30
+"""Bytes of KV cache on CPU where the caller says nothing, or one full sequence if that is more."""
+
+DEFAULTS = {
+    "cpu": {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "memory_fraction": 0.9},
+    "gpu": {"max_num_seqs": 256, "max_num_batched_tokens": 8192, "memory_fraction": 0.92},
+}
+"""By platform; `LLM`'s documentation states them."""
+
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wishes:
+    """What the caller asked of the engine; None where the machine decides."""
+
+    dtype: str = "auto"
+    max_model_len: int | str | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    page_size: int = 16
+    memory_fraction: float | None = None
+    cache_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    max_logprobs: int = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A model that will fit: all that is known before its weights are read."""
+
+    folder: Path
+    architecture: str
+    family: registry.Family
+    config: ModelConfig
+    engine: EngineConfig
+    model: AbstractModel
+    memory: MemoryPlan
+    sources: Sequence[weights.Source]
+    """Where each parameter comes from; empty for dummy weights."""
+
+    hf_config: Any
+
+
+def plan_load(folder: Path, wishes: Wishes, sharder: Sharder, load_format: LoadFormat) -> Plan:
+    """Reads configs and headers, and decides everything; allocates nothing.
+
+    Raises:
+        CheckpointError: The folder is no checkpoint, or does not fit its config.
+        UnsupportedModelError: The architecture is not implemented.
+        ConfigError: A wish cannot be had, with this model or on this machine.
+    """
+    hf = registry.read_hf_config(folder)
+    architecture, family = registry.family_of(hf)
+    config = registry.model_config(hf, family)
+    if load_format not in ("auto", "safetensors", "dummy"):
+        raise ConfigError(
+            f"load_format={load_format!r} is not supported. Use 'auto', 'safetensors' or 'dummy'."
+        )
+    checkpoint = None if load_format == "dummy" else weights.Checkpoint(folder)
+    if checkpoint and config.tie_embeddings and _head_differs(checkpoint, family):
+        logger.info("config.json ties the output head to the embedding, but the checkpoint's differ")
+        config = replace(config, tie_embeddings=False)
+    device = sharder.mesh.devices.flat[0]
+    stored = checkpoint.dtype() if checkpoint else "F32"
+    engine = _engine_config(wishes, config, resolve_dtype(wishes.dtype, stored, device), device)
+    model = abstract_model(config, family.build, engine.dtype, sharder)
+    sources = (
+        weights.match(model, checkpoint, family.WEIGHTS, family.IGNORED_WEIGHTS)
+        if checkpoint
+        else []
+    )
+    memory = _plan_memory(wishes, config, engine, model, device, sharder)
+    engine = replace(engine, max_model_len=memory.max_model_len)
+    return Plan(folder, architecture, family, config, engine, model, memory, sources, hf)
+
+
+def load_params(plan: Plan, *, seed: int, show_progress: bool) -> tuple[jax.Array, ...]:
+    """Returns the parameters of a plan, on their devices."""
+    start = time.perf_counter()
+    if not plan.sources:
+        return init_params(plan.model, plan.config, plan.family.build, plan.engine.dtype, seed)
+    bar = tqdm(
+        total=plan.model.num_bytes,
+        desc="Loading weights",
+        unit="B",
+        unit_scale=True,
+        disable=not show_progress,
+        leave=False,
+    )
+    with bar:
+        params = weights.load(plan.sources, bar.update)
+    logger.info(
+        "Model loading took %.2f GiB memory and %.2f seconds",
+        plan.model.num_bytes / GIB,
+        time.perf_counter() - start,
+    )
+    return params
+
+
+def _head_differs(checkpoint: weights.Checkpoint, family: registry.Family) -> bool:
+    names = {line.path: line.names[0] for line in family.WEIGHTS}
+    return weights.ties_differ(checkpoint, names["head.weight"], names["embed.weight"])
+
+
+def _engine_config(
+    wishes: Wishes, config: ModelConfig, dtype: str, device: jax.Device
+) -> EngineConfig:
+    defaults = DEFAULTS["cpu" if device.platform == "cpu" else "gpu"]
+    seqs, tokens = wishes.max_num_seqs, wishes.max_num_batched_tokens
+    length = _max_model_len(wishes.max_model_len, config.max_position)
+    if seqs is None:
+        seqs = min(defaults["max_num_seqs"], tokens or defaults["max_num_seqs"])
+    if tokens is None:
+        tokens = max(defaults["max_num_batched_tokens"], seqs)
+        if not wishes.enable_chunked_prefill:
+            tokens = max(tokens, length)
+    return EngineConfig(
+        max_model_len=length,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        page_size=wishes.page_size,
+        dtype=dtype,
+        enable_prefix_caching=wishes.enable_prefix_caching,
+        enable_chunked_prefill=wishes.enable_chunked_prefill,
+        max_logprobs=wishes.max_logprobs,
+    )
+
+
+def _max_model_len(asked: int | str | None, derived: int) -> int:
+    if asked is None or asked in ("auto", -1):
+        return derived
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+        raise ConfigError(
+            f"max_model_len={asked!r} is neither a number of tokens nor 'auto'. "
+            f"The model's own is {derived}."
+        )
+    if asked > derived:
+        raise ConfigError(
+            f"User-specified max_model_len ({asked}) is greater than the derived max_model_len "
+            f"(max_position_embeddings={derived}). Use {derived} or less."
+        )
+    return asked
+
+
+def _plan_memory(
+    wishes: Wishes,
+    config: ModelConfig,
+    engine: EngineConfig,
+    model: AbstractModel,
+    device: jax.Device,
+    sharder: Sharder,
+) -> MemoryPlan:
+    on_cpu = device.platform == "cpu"
+    fraction = wishes.memory_fraction
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ConfigError(
+            f"gpu_memory_utilization={fraction} must be greater than 0 and at most 1. "
+            "Use 0.9 for nine tenths of the memory."
+        )
+    if wishes.cache_bytes is not None and wishes.cache_bytes < 1:
+        raise ConfigError(
+            f"kv_cache_memory_bytes={wishes.cache_bytes} must be at least 1. "
+            f"Use {CPU_CACHE} for one GiB, or leave it out."
+        )
+    limit = memory_limit(
+        device, fraction or DEFAULTS["cpu" if on_cpu else "gpu"]["memory_fraction"]
+    )
+    # Each device holds its share of the KV heads.
+    shards = dict(sharder.mesh.shape).get("tensor", 1)
+    token_bytes = bytes_per_token(model.cache_specs, engine.dtype) // shards
+    weight_bytes = model.bytes_per_device()
+    temp = temp_bound(config, engine, Buckets(engine).largest())
+    cache_bytes = wishes.cache_bytes
+    if cache_bytes is None and on_cpu and fraction is None:
+        sequence = (engine.pages_per_seq + 1) * engine.page_size * token_bytes
+        cache_bytes = min(max(CPU_CACHE, sequence), limit - weight_bytes - temp)
+    return plan_memory(
+        engine=engine,
+        limit=limit,
+        weights=weight_bytes,
+        temp=temp,
+        token_bytes=token_bytes,
+        cache_bytes=cache_bytes,
+        fit_length=wishes.max_model_len in ("auto", -1),
+    )
+
+
+def eos_token_ids(plan: Plan, tokenizer: Any) -> tuple[int, ...]:
+    """Returns the tokens that end a text: the tokenizer's, then the configs'.
+
+    The list of `generation_config.json` is what makes chat models stop at the end
+    of their turn; without one, config.json's counts.
+    """
+    found = [getattr(tokenizer, "eos_token_id", None)]
+    path = plan.folder / "generation_config.json"
+    stated = registry.read_json(path).get("eos_token_id") if path.is_file() else None
+    stated = getattr(plan.hf_config, "eos_token_id", None) if stated is None else stated
+    found += stated if isinstance(stated, list) else [stated]
+    return tuple(dict.fromkeys(i for i in found if i is not None))
+

@@ -1,0 +1,80 @@
+"""Reads what callers pass as prompts. No JAX here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxllm.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt: text, or token ids, or both."""
+
+    text: str | None
+    token_ids: list[int] | None
+    cache_salt: str | None = None
+
+
+KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+
+
+def parse_prompts(prompts: Any) -> list[Prompt]:
+    """Returns the prompts of a call: one, or a sequence of them.
+
+    Raises:
+        RequestError: Something in it is no prompt; the message says which and why.
+    """
+    if isinstance(prompts, (str, Mapping)) or _is_token_ids(prompts):
+        return [_parse(prompts, "the prompt")]
+    if not isinstance(prompts, Sequence):
+        raise RequestError(
+            "Prompt should be a string, list of tokens, or dictionary, or a list of those; "
+            f"got {type(prompts).__name__}."
+        )
+    return [_parse(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+
+
+def _is_token_ids(prompt: Any) -> bool:
+    if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence) or not len(prompt):
+        return False
+    return all(hasattr(token, "__index__") and not isinstance(token, bool) for token in prompt)
+
+
+def _parse(prompt: Any, where: str) -> Prompt:
+    if isinstance(prompt, str):
+        return Prompt(prompt, None)
+    if _is_token_ids(prompt):
+        return Prompt(None, [int(token) for token in prompt])
+    if isinstance(prompt, Mapping):
+        return _parse_mapping(prompt, where)
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+        what = "is empty" if not len(prompt) else "holds something that is no integer"
+        raise RequestError(f"Token prompt should be a list of integers: {where} {what}.")
+    raise RequestError(
+        f"Prompt should be a string, list of tokens, or dictionary; {where} is "
+        f"{type(prompt).__name__}."
+    )
+
+
+def _parse_mapping(prompt: Mapping[str, Any], where: str) -> Prompt:
+    unknown = sorted(set(prompt) - set(KEYS))
+    if unknown:
+        raise RequestError(f"{where} has the keys {unknown}; jaxllm reads {list(KEYS)}.")
+    text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if text is None and token_ids is None:
+        raise RequestError(
+            f"Prompt dictionary must contain text or tokens: {where} has neither 'prompt' nor "
+            "'prompt_token_ids'."
+        )
+    if text is not None and not isinstance(text, str):
+        raise RequestError(f"Prompt text should be a string; that of {where} is {text!r}.")
+    if token_ids is not None and not _is_token_ids(token_ids):
+        raise RequestError(
+            f"Token prompt should be a list of integers; 'prompt_token_ids' of {where} is not."
+        )
+    salt = prompt.get("cache_salt")
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise RequestError(f"cache_salt of {where} must be a non-empty string, got {salt!r}.")
+    ids = None if token_ids is None else [int(token) for token in token_ids]
+    return Prompt(text, ids, salt)

@@ -1,0 +1,243 @@
+"""Decides which sequences run in the next step.
+
+The scheduler owns the waiting and running queues and is the only caller of the
+page pool. It is plain Python and holds no arrays. One call of `schedule` gives
+one `StepPlan`; one call of `update` applies the tokens sampled from it; nothing
+else changes a sequence's status.
+
+Invariants, checked by `check_invariants` in tests:
+  * a page has one owner: the free list, the prefix cache, or its holders;
+  * a plan has at most `max_num_batched_tokens` tokens and `max_num_seqs` rows;
+  * a running sequence holds pages for every token that it has computed.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jaxllm.cache.prefix_cache import ROOT, PrefixCache
+from jaxllm.config import EngineConfig
+from jaxllm.sequence import PlannedRow, Sequence, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRow:
+    """What a step brought for one sequence."""
+
+    tokens: list[int]
+    logprobs: list[tuple[float, int, list[int], list[float]]]
+    """For each token: logprob, rank, ids and logprobs of the likeliest; or empty."""
+
+
+class Scheduler:
+    """First come, first served; decodes before prefills; preemption by recompute."""
+
+    def __init__(self, config: EngineConfig, num_pages: int) -> None:
+        """Makes empty queues over a pool of `num_pages`, the trash page included."""
+        self.config = config
+        self.num_pages = num_pages
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.prefixes = PrefixCache(self.num_pages, self.config.page_size)
+        self.pool = self.prefixes.pool
+        self._free_rows = list(reversed(range(self.config.max_num_seqs)))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self.waiting or self.running)
+
+    def add(self, seq: Sequence) -> None:
+        """Puts a new sequence at the end of the waiting queue."""
+        self.waiting.append(seq)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Ends the sequences of some requests, waiting or running, and frees their pages."""
+        doomed = set(request_ids)
+        for seq in [s for s in (*self.running, *self.waiting) if s.request_id in doomed]:
+            seq.finish_reason = "abort"
+            if seq in self.running:
+                self._leave(seq)
+            else:
+                self.waiting.remove(seq)
+
+    def reset(self) -> None:
+        """Forgets every page, and lets all unfinished sequences start anew.
+
+        For when the cache's content is lost, or a step was cut off half-way.
+        """
+        unfinished = {id(s): s for s in (*self.running, *self.waiting) if not s.is_finished}
+        for seq in unfinished.values():
+            _forget_pages(seq)
+        self.running = []
+        self.waiting = deque(sorted(unfinished.values(), key=lambda s: (s.arrival, s.index)))
+        self._clear()
+
+    # ---------------------------------------------------------------- planning
+
+    def schedule(self) -> StepPlan:
+        """Returns the next step: decodes, then unfinished prefills, then new sequences."""
+        budget = self.config.max_num_batched_tokens
+        preemptions = self.num_preemptions
+        decodes, chunks = [], []
+        for seq in list(self.running):
+            if seq.row >= 0 and seq.num_pending == 1 and self._grow(seq):
+                decodes.append(PlannedRow(seq, 1, samples=True))
+        budget -= len(decodes)
+        for seq in self.running:
+            if seq.num_pending > 1 and budget:
+                chunks.append(_chunk(seq, budget))
+                budget -= chunks[-1].num_tokens
+        if self.num_preemptions == preemptions:
+            chunks += self._admit(budget)
+        # A chunk of one token is a decode to the device: it only lacks the sampling history.
+        rows = sorted((*decodes, *chunks), key=lambda row: row.num_tokens > 1)
+        return StepPlan(
+            rows=tuple(rows), num_decodes=sum(row.num_tokens == 1 for row in rows)
+        )
+
+    def _admit(self, budget: int) -> list[PlannedRow]:
+        """Starts waiting sequences while rows, tokens and pages last."""
+        admitted = []
+        while self.waiting and self._free_rows and budget:
+            seq = self.waiting[0]
+            cached = self._find_cached(seq)
+            num_new = -(-seq.num_tokens // self.config.page_size) - len(cached)
+            reserve = sum(self.pool.is_kept(node.page) for node in cached)
+            # One page for each running sequence, or it would soon preempt the newcomer.
+            if num_new + reserve + len(self.running) > self.pool.num_free:
+                break
+            num_left = seq.num_tokens - len(cached) * self.config.page_size
+            if not self.config.enable_chunked_prefill and num_left > budget:
+                break
+            self.waiting.popleft()
+            self._start(seq, cached, num_new)
+            admitted.append(_chunk(seq, budget))
+            budget -= admitted[-1].num_tokens
+        return admitted
+
+    def _find_cached(self, seq: Sequence) -> list:
+        if not self.config.enable_prefix_caching:
+            return []
+        return self.prefixes.find(seq.tokens(0, seq.num_tokens), seq.cache_salt)
+
+    def _start(self, seq: Sequence, cached: list, num_new: int) -> None:
+        """Gives a sequence its row and the pages of all its known tokens."""
+        for node in cached:
+            self.pool.share(node.page)
+        seq.pages = [node.page for node in cached] + self.pool.allocate(num_new)
+        seq.num_computed = len(cached) * self.config.page_size
+        seq.num_registered = len(cached)
+        seq.prefix_node = cached[-1].number if cached else ROOT
+        if seq.num_preemptions == 0:
+            seq.num_cached = seq.num_computed
+            self.prefixes.num_queried += seq.num_tokens
+            self.prefixes.num_hit += seq.num_computed
+        seq.row = self._free_rows.pop()
+        self.running.append(seq)
+
+    def _grow(self, seq: Sequence) -> bool:
+        """Gets a page for the next token, preempting the youngest if there is none."""
+        while len(seq.pages) * self.config.page_size < seq.num_tokens:
+            if self.pool.num_free:
+                seq.pages += self.pool.allocate(1)
+            else:
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is seq:
+                    return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Takes a sequence's pages; its tokens are kept and computed again later."""
+        self._leave(seq)
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(seq)
+
+    def _leave(self, seq: Sequence) -> None:
+        """Ends a sequence's time among the running: pages and row are given back."""
+        self.running.remove(seq)
+        self.pool.free(seq.pages)
+        self._free_rows.append(seq.row)
+        _forget_pages(seq)
+
+    # ---------------------------------------------------------------- results
+
+    def update(self, plan: StepPlan, sampled: list[SampledRow]) -> list[Sequence]:
+        """Applies what a step brought, and returns the sequences that it finished."""
+        finished = []
+        for row, result in zip(plan.rows, sampled, strict=True):
+            seq = row.seq
+            seq.num_computed += row.num_tokens
+            for i, token in enumerate(result.tokens):
+                if i:
+                    seq.num_computed += 1  # the token before was fed back on the device
+                seq.output_token_ids.append(token)
+                if result.logprobs:
+                    seq.logprobs.append(result.logprobs[i])
+                if self._stops(seq, token):
+                    break
+            self._register(seq)
+            if seq.is_finished:
+                self._leave(seq)
+                finished.append(seq)
+        return finished
+
+    def _stops(self, seq: Sequence, token: int) -> bool:
+        if token in seq.stop_ids():
+            seq.finish_reason = "stop"
+            eos = not seq.params.ignore_eos and seq.eos_token_ids[:1] == (token,)
+            seq.stop_reason = None if eos else token
+        elif seq.remaining(self.config.max_model_len) <= 0:
+            seq.finish_reason = "length"
+        return seq.is_finished
+
+    def _register(self, seq: Sequence) -> None:
+        """Makes the pages that have become full findable."""
+        if not self.config.enable_prefix_caching:
+            return
+        size = self.config.page_size
+        while (seq.num_registered + 1) * size <= seq.num_computed:
+            start = seq.num_registered * size
+            seq.prefix_node = self.prefixes.add(
+                seq.prefix_node,
+                seq.tokens(start, start + size),
+                seq.cache_salt,
+                seq.pages[seq.num_registered],
+            )
+            seq.num_registered += 1
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError where the books do not balance; for tests."""
+        held = Counter(page for seq in self.running for page in seq.pages)
+        references = self.pool.references()
+        assert all(references[page] == held[page] for page in range(1, self.num_pages))
+        unowned = self.pool.unowned()
+        assert len(unowned) == len(set(unowned)), "a page is free twice"
+        assert not set(unowned) & set(held), "a free page is held"
+        assert len(unowned) + len(held) == self.num_pages - 1, "a page is lost"
+        assert 0 not in held, "the trash page was handed out"
+        rows = [seq.row for seq in self.running] + self._free_rows
+        assert sorted(rows) == list(range(self.config.max_num_seqs)), "a row is lost or shared"
+        for seq in self.running:
+            assert len(seq.pages) * self.config.page_size >= seq.num_computed
+        for seq in self.waiting:
+            assert not seq.pages
+            assert seq.num_computed == 0
+
+
+def _chunk(seq: Sequence, budget: int) -> PlannedRow:
+    num_tokens = min(seq.num_pending, budget)
+    return PlannedRow(seq, num_tokens, samples=num_tokens == seq.num_pending)
+
+
+def _forget_pages(seq: Sequence) -> None:
+    seq.pages = []
+    seq.num_computed = seq.num_registered = 0
+    seq.prefix_node = ROOT
+    seq.row = -1

@@ -1,0 +1,146 @@
+"""The host's nouns: a sequence of tokens being generated, and the plan of a step."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from jaxllm.sampling_params import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One stream of tokens. The scheduler alone changes what is below `output_token_ids`."""
+
+    request_id: str
+    index: int
+    """Which completion of its request."""
+
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    """Of its random numbers; 64 bits."""
+
+    arrival: int
+    """Counts requests up; the older is never preempted for the younger."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end it unless `ignore_eos`; the first is the tokenizer's."""
+
+    cache_salt: str | None = None
+    """Separates prefix-cache domains."""
+
+    output_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[tuple[float, int, list[int], list[float]]] = field(default_factory=list)
+    """For each output: its logprob and rank, and the ids and logprobs of the likeliest."""
+
+    pages: list[int] = field(default_factory=list)
+    """In order; this sequence holds one reference to each."""
+
+    num_computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+
+    num_cached: int = 0
+    """Tokens found in the prefix cache when it was first admitted."""
+
+    row: int = -1
+    """Its row of the device state while it runs; -1 while it waits."""
+
+    prefix_node: int = 0
+    """The prefix cache's name for its last full page; 0 before the first."""
+
+    num_registered: int = 0
+    """Full pages it has given to, or taken from, the prefix cache."""
+
+    num_preemptions: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known: prompt and output."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens known and not yet computed; 1 for a sequence that decodes."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it will generate no more."""
+        return self.finish_reason is not None
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Returns tokens [start, stop) of prompt and output together."""
+        split = len(self.prompt_token_ids)
+        if stop <= split:
+            return self.prompt_token_ids[start:stop]
+        if start >= split:
+            return self.output_token_ids[start - split : stop - split]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: stop - split]
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """Returns every token that ends it."""
+        eos = () if self.params.ignore_eos else self.eos_token_ids
+        return tuple(dict.fromkeys((*eos, *self.params.stop_token_ids)))
+
+    def remaining(self, max_model_len: int) -> int:
+        """Returns how many more tokens it may generate."""
+        room = max_model_len - self.num_tokens
+        if self.params.max_tokens is None:
+            return room
+        return min(room, self.params.max_tokens - len(self.output_token_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRow:
+    """One sequence's share of a step."""
+
+    seq: Sequence
+    num_tokens: int
+    """Tokens of it that this step computes, from `seq.num_computed` on."""
+
+    samples: bool
+    """Whether they are its last, so that a token comes out."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one launch of the model will do."""
+
+    rows: tuple[PlannedRow, ...]
+    """Rows with one token first, then chunks."""
+
+    num_decodes: int
+    """How many rows have one token."""
+
+    lookahead: int = 1
+    """Tokens that a row may generate in this launch (N)."""
+
+    needs_sync: bool = False
+    """Whether the host must see the result before it plans the next step."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed, over all rows."""
+        return sum(row.num_tokens for row in self.rows)
+
+    @property
+    def chunks(self) -> tuple[PlannedRow, ...]:
+        """Rows with more than one token."""
+        return self.rows[self.num_decodes :]
+
+
+@dataclass(slots=True)
+class Request:
+    """What a caller asked for, and the sequences that answer it."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    sequences: list[Sequence] = dataclasses.field(default_factory=list)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all its sequences are."""
+        return all(seq.is_finished for seq in self.sequences)
