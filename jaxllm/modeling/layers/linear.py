@@ -95,5 +95,5 @@ class Linear(nnx.Module):
         """[..., *in] -> [..., *out], of the dtype of `x`."""
         y = contract(x, self.weight[...], self.num_in)
         if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
+            y = y + jnp.broadcast_to(self.bias[...].astype(jnp.float32), y.shape)
         return y.astype(x.dtype)

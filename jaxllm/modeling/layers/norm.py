@@ -21,5 +21,4 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         # transformers rounds to the model's dtype before it scales, so we do too.
-        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        return x32.astype(x.dtype) * scale
+        return x32.astype(x.dtype) * jnp.broadcast_to(self.scale[...], x.shape)

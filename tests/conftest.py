@@ -1,0 +1,35 @@
+"""Fixtures for all tests: CPU, eight fake devices, JAX's strict modes, tiny models.
+
+Models are written as real checkpoints, with random weights, in a temporary
+folder; nothing comes from a network and torch is not needed.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("JAXLLM_LOGGING_LEVEL", "WARNING")
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+import pytest
+
+from tests.tiny import tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Returns a function (family, **config) -> folder of a tiny checkpoint, made once."""
+    made = {}
+
+    def make(family="llama", **config):
+        key = (family, repr(sorted(config.items())))
+        if key not in made:
+            made[key] = tiny_checkpoint(tmp_path_factory.mktemp(family), family, **config)
+        return made[key]
+
+    return make
