@@ -52,7 +52,9 @@ def _fill_row(
     """What there is once a row."""
     seq = row.seq
     values["rows"][i] = seq.row
-    values["page_table"][0, i, : len(seq.pages)] = seq.pages
+    # A prompt that comes in chunks holds pages for all of it: the later ones wait.
+    pages = seq.pages[: values["page_table"].shape[2]]
+    values["page_table"][0, i, : len(pages)] = pages
     values["kv_lens"][i] = seq.num_computed + row.num_tokens
     if row.samples:
         values["temperature"][i] = seq.params.temperature

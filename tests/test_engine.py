@@ -1,0 +1,232 @@
+"""The engine equals greedy generation by a cacheless full forward, whatever the schedule."""
+
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.config import EngineConfig
+from jaxllm.engine import Engine
+from jaxllm.programs import ProgramBuilder, ProgramCache
+from jaxllm.runner import ModelRunner
+from jaxllm.sampling_params import SamplingParams
+from jaxllm.scheduler import Scheduler
+from jaxllm.sequence import Request, Sequence
+from tests.tiny import Naive, random_prompts, sharder, tiny_model
+
+NUM_NEW = 24
+
+
+def full_of_nan(shape, dtype):
+    return jnp.full(shape, jnp.nan, dtype)
+
+
+CONFIG = EngineConfig(
+    max_model_len=96,
+    block_q=8,
+    page_size=4,
+    max_num_seqs=8,
+    max_num_batched_tokens=32,
+    enable_prefix_caching=True,
+)
+MOST_PAGES = 200
+
+
+class Maker:
+    """Makes engines of one model that share their compiled programs."""
+
+    def __init__(self, model, params):
+        self.params = params
+        self.builder = ProgramBuilder(model, CONFIG, sharder(), MOST_PAGES)
+        self.programs = ProgramCache(self.builder)
+
+    def __call__(self, *, num_pages=MOST_PAGES, budget=32):
+        """An engine whose cache starts poisoned: any read of a stale slot gives NaN."""
+        runner = ModelRunner(self.builder, self.params, full_of_nan)
+        runner.programs = self.programs
+        engine = Engine(runner)
+        # A smaller pool and budget than the programs were built for, which they cannot see.
+        config = dataclasses.replace(CONFIG, max_num_batched_tokens=budget)
+        engine.scheduler = Scheduler(config, num_pages)
+        return engine
+
+
+def request(name, prompt, num_new=NUM_NEW, **params):
+    params = SamplingParams(temperature=0, max_tokens=num_new, **params)
+    seq = Sequence(name, 0, list(prompt), params, seed=0, arrival=0)
+    return Request(name, None, list(prompt), params, [seq])
+
+
+def run(engine, arrivals, poison=None):
+    """Runs to the end; `arrivals` are (step, request). Returns tokens by request."""
+    arrivals, done, step = sorted(arrivals, key=lambda a: a[0]), {}, 0
+    while arrivals or engine.scheduler.has_work:
+        while arrivals and arrivals[0][0] <= step:
+            engine.add_request(arrivals.pop(0)[1])
+        if engine.scheduler.has_work:
+            if poison:
+                poison(engine)
+            for finished in engine.step():
+                done[finished.request_id] = finished.sequences[0].output_token_ids
+            engine.scheduler.check_invariants()
+        step += 1
+    assert engine.scheduler.pool.num_held == 0
+    return done
+
+
+@pytest.fixture(scope="module")
+def llama():
+    _, model, params = tiny_model("llama")
+    return Maker(model, params), Naive(model, params)
+
+
+@pytest.fixture(scope="module")
+def prompts(llama):
+    return random_prompts(12, 40, seed=1)
+
+
+@pytest.fixture(scope="module")
+def expected(llama, prompts):
+    naive = llama[1]
+    return {str(i): naive.generate(prompt, NUM_NEW) for i, prompt in enumerate(prompts)}
+
+
+def test_random_arrivals(llama, prompts, expected):
+    make, _ = llama
+    engine = make()
+    steps = np.random.default_rng(0).integers(0, 40, len(prompts))
+
+    done = run(engine, [(s, request(str(i), p)) for i, (s, p) in enumerate(zip(steps, prompts))])
+
+    assert done == expected
+
+
+def test_preemption_changes_no_answer(llama, prompts, expected):
+    make, _ = llama
+    engine = make(num_pages=1 + 28)
+
+    done = run(engine, [(0, request(str(i), p)) for i, p in enumerate(prompts)])
+
+    assert done == expected
+    assert engine.scheduler.num_preemptions > 5
+
+
+def poison_unowned(engine):
+    """Fills every page that no sequence holds and no prefix can find with NaN."""
+    free = [p for p in engine.scheduler.pool.unowned() if not engine.scheduler.pool.is_kept(p)]
+    state = engine.runner.state
+    pages = jnp.asarray([0, *free])
+    caches = tuple(
+        tuple(a.at[:, pages].set(jnp.nan) for a in layer) for layer in state.caches
+    )
+    engine.runner.state = type(state)(caches, state.last_token)
+
+
+def test_freed_and_trash_pages_full_of_nan_are_never_seen(llama, prompts, expected):
+    make, _ = llama
+    engine = make(num_pages=1 + 40)
+    subset = {str(i): prompts[i] for i in range(6)}
+
+    done = run(engine, [(0, request(i, p)) for i, p in subset.items()], poison_unowned)
+
+    assert done == {i: expected[i] for i in subset}
+
+
+@pytest.mark.parametrize("budget", [8, 9, 16, 27])
+def test_every_chunk_size(llama, prompts, expected, budget):
+    make, _ = llama
+    engine = make(budget=budget)
+    subset = {str(i): prompts[i] for i in range(5)}
+
+    done = run(engine, [(0, request(i, p)) for i, p in subset.items()])
+
+    assert done == {i: expected[i] for i in subset}
+
+
+def test_prefix_hits_give_the_same_tokens(llama, prompts):
+    make, naive = llama
+    shared = random_prompts(1, 30, seed=7, shortest=30)[0]
+    tails = random_prompts(4, 6, seed=8)
+    asked = {str(i): [*shared, *tail] for i, tail in enumerate(tails)}
+    want = {i: naive.generate(p, 8) for i, p in asked.items()}
+    engine = make()
+
+    first = run(engine, [(0, request("0", asked["0"], 8))])
+    again = run(engine, [(0, request(i, p, 8)) for i, p in asked.items()])
+
+    assert first["0"] == want["0"]
+    assert again == want
+    # 30 shared tokens are 7 full pages of 4; "0" finds its own generated pages too.
+    assert engine.scheduler.prefixes.num_hit >= 4 * 28
+
+
+def test_a_prompt_of_whole_pages_computes_its_last_token_again(llama):
+    make, naive = llama
+    prompt = random_prompts(1, 16, seed=3, shortest=16)[0]
+    engine = make()
+
+    first = run(engine, [(0, request("a", prompt, 4))])["a"]
+    second = run(engine, [(0, request("b", prompt, 4))])["b"]
+
+    assert first == second == naive.generate(prompt, 4)
+    assert engine.scheduler.prefixes.num_hit == 12
+
+
+def test_sliding_windows_across_page_and_chunk_edges(prompts):
+    config, model, params = tiny_model(
+        "qwen3",
+        use_sliding_window=True,
+        sliding_window=10,
+        layer_types=["full_attention", "sliding_attention"],
+    )
+    naive = Naive(model, params)
+    engine = Maker(model, params)()
+    subset = {str(i): prompts[i] for i in range(4)}
+
+    done = run(engine, [(0, request(i, p, 12)) for i, p in subset.items()])
+
+    assert config.windows == (None, 10)
+    assert done == {i: naive.generate(p, 12) for i, p in subset.items()}
+
+
+def test_logprobs_are_those_of_the_full_forward(llama, prompts):
+    make, naive = llama
+    engine = make()
+    asked = request("0", prompts[0], 8, logprobs=5)
+
+    run(engine, [(0, asked)])
+
+    seq = asked.sequences[0]
+    logits = naive.logits(prompts[0] + seq.output_token_ids).astype(np.float64)
+    logits = logits[len(prompts[0]) - 1 : -1]
+    want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for row, token, (chosen, rank, top_ids, top) in zip(
+        want, seq.output_token_ids, seq.logprobs, strict=True
+    ):
+        assert chosen == pytest.approx(row[token], abs=1e-4)
+        assert rank == (row >= row[token]).sum()
+        assert top_ids == np.argsort(-row)[:5].tolist()
+        np.testing.assert_allclose(top, np.sort(row)[::-1][:5], atol=1e-4)
+
+
+def test_sampled_tokens_do_not_depend_on_batch_chunks_or_preemption(llama, prompts):
+    make, _ = llama
+
+    def sampled(num_pages, count, budget):
+        engine = make(num_pages=num_pages, budget=budget)
+        requests = []
+        for i in range(count):
+            asked = request(str(i), prompts[i], 16)
+            asked.params.temperature, asked.sequences[0].seed = 0.8, 1000 + i
+            requests.append((0, asked))
+        return run(engine, requests), engine.scheduler.num_preemptions
+
+    alone, _ = sampled(400, 1, 32)
+    together, _ = sampled(400, 8, 32)
+    squeezed, preemptions = sampled(1 + 26, 8, 9)
+
+    assert alone["0"] == together["0"]
+    assert squeezed == together
+    assert preemptions > 0
