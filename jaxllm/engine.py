@@ -75,9 +75,7 @@ class Engine:
         outputs = self.runner.run(key, buffer)
         returned = time.perf_counter()
         sampled = _by_row(plan, outputs)
-        broken = [
-            row.seq for row, ok in zip(plan.rows, outputs.finite, strict=False) if not ok
-        ]
+        broken = [row.seq for row, ok in zip(plan.rows, outputs.finite, strict=False) if not ok]
         finished = self.scheduler.update(plan, sampled)
         self._count(plan, key, launched - start, returned - launched)
         if broken:

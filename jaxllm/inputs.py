@@ -5,6 +5,7 @@ unsigned words bit for bit), sent with one `device_put`, and unpacked by static
 slices inside the program.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,8 +29,29 @@ NUM_GROUPS = 1
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class ChunkInputs:
+    """Inputs of a step in which a row may have several tokens."""
+
+    slot_mapping: jax.Array
+    """int32 [groups, T], where each token is written; the trash page for padding."""
+
+    q_block_seq: jax.Array
+    """int32 [NQ], the row of each query block."""
+
+    q_block_start: jax.Array
+    """int32 [NQ], index of its first token in the step; T for an unused block."""
+
+    num_blocks: jax.Array
+    """int32 [], blocks in use."""
+
+    logit_rows: jax.Array
+    """int32 [R], tokens whose logits are needed; R = B."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class StepInputs:
-    """One step's inputs. A decode program lacks what only chunks need (None)."""
+    """One step's inputs."""
 
     tokens: jax.Array
     """int32 [T]; `FROM_DEVICE` where the token is on the device."""
@@ -61,20 +83,8 @@ class StepInputs:
     limits: jax.Array
     """int32 [B], tokens that a row may generate in this launch; 0: it does not sample."""
 
-    slot_mapping: jax.Array | None = None
-    """int32 [groups, T]."""
-
-    q_block_seq: jax.Array | None = None
-    """int32 [NQ], the row of each query block."""
-
-    q_block_start: jax.Array | None = None
-    """int32 [NQ], index of its first token in the step; T for an unused block."""
-
-    num_blocks: jax.Array | None = None
-    """int32 [], blocks in use."""
-
-    logit_rows: jax.Array | None = None
-    """int32 [R], tokens whose logits are needed; R = B."""
+    chunks: ChunkInputs | None
+    """What only a mixed program needs."""
 
 
 @jax.tree_util.register_dataclass
@@ -178,4 +188,8 @@ def unpack(bucket: Bucket, buffer: jax.Array) -> StepInputs:
             value = jax.lax.bitcast_convert_type(value, jnp.dtype(dtype))
         values[name] = value
         at += size
-    return StepInputs(**values)
+    if bucket.is_decode:
+        return StepInputs(**values, chunks=None)
+    names = [field.name for field in dataclasses.fields(ChunkInputs)]
+    chunks = ChunkInputs(**{name: values.pop(name) for name in names})
+    return StepInputs(**values, chunks=chunks)

@@ -194,13 +194,15 @@ class LLM(metaclass=ExplainsKeywords):
         if sampling_params is None:
             sampling_params = SamplingParams()
         if isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params] * len(prompts)
-        if len(prompts) != len(sampling_params):
+            params = [sampling_params] * len(prompts)
+        else:
+            params = list(sampling_params)
+        if len(prompts) != len(params):
             raise RequestError(
-                f"The lengths of prompts ({len(prompts)}) and params ({len(sampling_params)}) "
+                f"The lengths of prompts ({len(prompts)}) and params ({len(params)}) "
                 "must be the same. Pass one SamplingParams for all, or one for each."
             )
-        pairs = zip(prompts, sampling_params, strict=True)
+        pairs = zip(prompts, params, strict=True)
         return [self._request(prompt, params) for prompt, params in pairs]
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
@@ -437,4 +439,3 @@ class _ProgressBar:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-

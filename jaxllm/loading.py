@@ -89,7 +89,9 @@ def plan_load(folder: Path, wishes: Wishes, sharder: Sharder, load_format: LoadF
         )
     checkpoint = None if load_format == "dummy" else weights.Checkpoint(folder)
     if checkpoint and config.tie_embeddings and _head_differs(checkpoint, family):
-        logger.info("config.json ties the output head to the embedding, but the checkpoint's differ")
+        logger.info(
+            "config.json ties the output head to the embedding, but the checkpoint's differ"
+        )
         config = replace(config, tie_embeddings=False)
     device = sharder.mesh.devices.flat[0]
     stored = checkpoint.dtype() if checkpoint else "F32"
@@ -228,4 +230,3 @@ def eos_token_ids(plan: Plan, tokenizer: Any) -> tuple[int, ...]:
     stated = getattr(plan.hf_config, "eos_token_id", None) if stated is None else stated
     found += stated if isinstance(stated, list) else [stated]
     return tuple(dict.fromkeys(i for i in found if i is not None))
-

@@ -14,7 +14,7 @@ builder serves real runs and compilation for a GPU where there is none.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jaxllm.config import EngineConfig
 from jaxllm.inputs import DeviceState, StepInputs, StepOutputs, buffer_size, unpack
 from jaxllm.modeling.abstract import AbstractModel
 from jaxllm.modeling.decoder import Decoder
-from jaxllm.pallas_kernels.attention import PagedAttend, QueryBlocks, cache_order
+from jaxllm.pallas_kernels.attention import PagedAttend, QueryBlocks, tuning_for
 from jaxllm.sampler import logprobs_of, sample
 from jaxllm.sharding.apply import Sharder
 
@@ -74,7 +74,7 @@ class ProgramBuilder:
         last_token = jax.ShapeDtypeStruct(
             (self.engine.max_num_seqs + 1,), jnp.int32, sharding=self.sharder.sharding(None)
         )
-        return DeviceState(caches, last_token)
+        return DeviceState(caches, cast("jax.Array", last_token))
 
     def lower(self, key: ProgramKey) -> jax.stages.Lowered:
         """Traces and lowers a program for the builder's mesh."""
@@ -103,10 +103,10 @@ class ProgramBuilder:
             slots: int32 [T], where each token is written.
         """
         platform = self.sharder.mesh.devices.flat[0].platform
-        blocks = None
-        if not key.bucket.is_decode:
+        chunks, blocks = inputs.chunks, None
+        if chunks is not None:
             blocks = QueryBlocks(
-                inputs.q_block_seq, inputs.q_block_start, inputs.positions[0], inputs.num_blocks
+                chunks.q_block_seq, chunks.q_block_start, inputs.positions[0], chunks.num_blocks
             )
         return PagedAttend(
             slot_mapping=slots,
@@ -114,10 +114,9 @@ class ProgramBuilder:
             kv_lens=inputs.kv_lens,
             num_decodes=inputs.num_decodes,
             blocks=blocks,
-            order=cache_order(platform),
+            tuning=tuning_for(platform),
             decode_rows=key.bucket.decode_rows,
             block_q=self.engine.block_q,
-            dynamic_trips=platform == "cpu",
         )
 
 
@@ -129,17 +128,20 @@ def mixed_step(
     inputs: StepInputs,
 ) -> tuple[DeviceState, StepOutputs]:
     """Runs one step of chunks and decodes; samples rows whose last token it computes."""
+    chunks = inputs.chunks
+    if chunks is None:
+        raise ValueError("mixed_step was given the inputs of a decode program.")
     # Decodes come first, one token each, so that token i of them is of row i.
     held = jnp.zeros_like(inputs.tokens)
     held = held.at[: key.bucket.decode_rows].set(
         state.last_token[inputs.rows[: key.bucket.decode_rows]]
     )
     tokens = jnp.where(inputs.tokens < 0, held, inputs.tokens)
-    attend = builder.attend(key, inputs, inputs.slot_mapping[0])
+    attend = builder.attend(key, inputs, chunks.slot_mapping[0])
     hidden, caches = model(
         tokens, inputs.positions[0], state.caches, attend, builder.sharder
     )  # [T, E]
-    logits = model.logits(hidden[inputs.logit_rows])  # [B, V]
+    logits = model.logits(hidden[chunks.logit_rows])  # [B, V]
     outputs = _choose(key, logits, inputs)
     spare = state.last_token.shape[0] - 1
     rows = jnp.where(inputs.limits > 0, inputs.rows, spare)
@@ -244,5 +246,3 @@ class ProgramCache:
     def clear(self) -> None:
         """Drops every program."""
         self._programs.clear()
-
-

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 from jaxllm.errors import RequestError
 from jaxllm.keywords import ExplainsKeywords
@@ -71,7 +71,7 @@ def _whole(
 ) -> int | None:
     if value is None and optional:
         return None
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise RequestError(f"{name} must be an integer, got {value!r}.")
     value = value.__index__()
     if at_least is not None and value < at_least:

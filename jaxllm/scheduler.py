@@ -96,9 +96,7 @@ class Scheduler:
             chunks += self._admit(budget)
         # A chunk of one token is a decode to the device: it only lacks the sampling history.
         rows = sorted((*decodes, *chunks), key=lambda row: row.num_tokens > 1)
-        return StepPlan(
-            rows=tuple(rows), num_decodes=sum(row.num_tokens == 1 for row in rows)
-        )
+        return StepPlan(rows=tuple(rows), num_decodes=sum(row.num_tokens == 1 for row in rows))
 
     def _admit(self, budget: int) -> list[PlannedRow]:
         """Starts waiting sequences while rows, tokens and pages last."""

@@ -1,5 +1,7 @@
-"""Text to tokens and back. transformers' tokenizers do the work; this adds what a
-stream of tokens needs: text that never ends in half a character.
+"""Text to tokens and back.
+
+transformers' tokenizers do the work; this adds what a stream of tokens needs:
+text that never ends in half a character.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,5 @@
 """The engine equals greedy generation by a cacheless full forward, whatever the schedule."""
 
-
 import dataclasses
 
 import jax.numpy as jnp
@@ -118,9 +117,7 @@ def poison_unowned(engine):
     free = [p for p in engine.scheduler.pool.unowned() if not engine.scheduler.pool.is_kept(p)]
     state = engine.runner.state
     pages = jnp.asarray([0, *free])
-    caches = tuple(
-        tuple(a.at[:, pages].set(jnp.nan) for a in layer) for layer in state.caches
-    )
+    caches = tuple(tuple(a.at[:, pages].set(jnp.nan) for a in layer) for layer in state.caches)
     engine.runner.state = type(state)(caches, state.last_token)
 
 

@@ -1,13 +1,14 @@
 """The arrays of the KV cache: their shapes, their shardings, their allocation."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxllm.cache.spec import CacheSpec
-from jaxllm.pallas_kernels.attention import LayerCache, cache_order
+from jaxllm.pallas_kernels.attention import LayerCache, tuning_for
 from jaxllm.sharding.apply import Sharder
 
 AXIS_NAMES = {"P": "pages", "S": None, "K": "kv_heads", "D": None}
@@ -31,7 +32,7 @@ def abstract_caches(
         dtype: Of the stored keys and values.
         sharder: The layout on its mesh.
     """
-    order = cache_order(sharder.mesh.devices.flat[0].platform)
+    order = tuning_for(sharder.mesh.devices.flat[0].platform).order
     sharding = sharder.sharding(*(AXIS_NAMES[axis] for axis in order))
 
     def pages(spec: CacheSpec) -> jax.ShapeDtypeStruct:
@@ -40,12 +41,10 @@ def abstract_caches(
             tuple(sizes[axis] for axis in order), jnp.dtype(dtype), sharding=sharding
         )
 
-    return tuple((pages(spec), pages(spec)) for spec in specs)
+    return cast("Caches", tuple((pages(spec), pages(spec)) for spec in specs))
 
 
-def allocate(
-    abstract: Caches, fill: Callable[..., jax.Array] = jnp.zeros
-) -> Caches:
+def allocate(abstract: Caches, fill: Callable[..., jax.Array] = jnp.zeros) -> Caches:
     """Returns arrays of the given shapes on their devices, never on the host first."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     make = jax.jit(

@@ -14,7 +14,7 @@ from jaxllm.buckets import Bucket
 from jaxllm.config import EngineConfig
 from jaxllm.errors import ConfigError
 from jaxllm.modeling.config import ModelConfig
-from jaxllm.pallas_kernels.attention.xla import GATHER_BYTES
+from jaxllm.pallas_kernels.attention.spec import TUNING
 
 GIB = 1 << 30
 FIXED_TEMP = 40 << 20
@@ -68,6 +68,7 @@ def temp_bound(config: ModelConfig, engine: EngineConfig, buckets: Sequence[Buck
     head_width = config.num_heads * config.head_dim
     qkv_width = head_width + 2 * config.num_kv_heads * config.head_dim
     widest = max(2 * config.mlp_dim, qkv_width + 2 * head_width)
+    gathered = max(tuning.gather_bytes for tuning in TUNING.values())
     most = 0
     for bucket in buckets:
         per_token = (6 * config.embed_dim + 3 * widest + 4 * head_width) * (size + 4)
@@ -75,7 +76,7 @@ def temp_bound(config: ModelConfig, engine: EngineConfig, buckets: Sequence[Buck
         keys = bucket.width * engine.page_size
         key_bytes = keys * config.num_kv_heads * config.head_dim * (size + 4)
         block = engine.block_q * config.num_heads * keys * 4 * 3 + 4 * key_bytes
-        rows = 4 * max(GATHER_BYTES, 2 * key_bytes) + 3 * bucket.rows * config.num_heads * keys * 4
+        rows = 4 * max(gathered, 2 * key_bytes) + 3 * bucket.rows * config.num_heads * keys * 4
         total = bucket.tokens * per_token + logits + block + rows
         most = max(most, total)
     return most + FIXED_TEMP

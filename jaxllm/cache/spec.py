@@ -1,7 +1,7 @@
 """What one layer keeps between steps, declared by the model and not assumed.
 
 The axis order of the arrays is not here: it belongs to the attention op, which
-says it for a platform (`pallas_kernels.attention.cache_order`).
+says it for a platform (`pallas_kernels.attention.tuning_for`).
 """
 
 from dataclasses import dataclass

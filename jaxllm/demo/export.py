@@ -59,4 +59,5 @@ def save_weights(tensors: dict[str, np.ndarray], folder: Path) -> None:
     }
     unfinished = folder / "model.safetensors.tmp"
     save_file(rounded, unfinished, metadata={"format": "pt"})
+    unfinished.chmod(0o644)  # safetensors makes files that only their owner can read
     unfinished.replace(folder / "model.safetensors")

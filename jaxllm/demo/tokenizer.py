@@ -6,6 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+END_ID = 0
+"""Of the end of text: special tokens come before all others."""
 
 # The model was never taught to chat. This writes a dialogue as Python comments, so that
 # `LLM.chat` has something to run; what follows is whatever code follows such comments.

@@ -26,6 +26,4 @@ class Context:
     """Pins intermediate arrays to the layout (static)."""
 
 
-jax.tree_util.register_dataclass(
-    Context, data_fields=("rope", "attend"), meta_fields=("sharder",)
-)
+jax.tree_util.register_dataclass(Context, data_fields=("rope", "attend"), meta_fields=("sharder",))

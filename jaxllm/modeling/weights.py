@@ -226,10 +226,12 @@ class Source:
             views = [self.transform(view) for view in views]
         return [v.reshape(s) for v, s in zip(views, part_shapes(self.leaf), strict=True)]
 
-    def read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Returns one shard of the parameter, in the parameter's dtype."""
+    def read(self, index: tuple[slice, ...] | None) -> np.ndarray:
+        """Returns one shard of the parameter, in its dtype; all of it for None."""
         full = self.leaf.shape.shape
-        bounds = [s.indices(n)[:2] for s, n in zip(index, full, strict=True)]
+        bounds = [
+            s.indices(n)[:2] for s, n in zip(index or (slice(None),) * len(full), full, strict=True)
+        ]
         shard = np.empty([stop - start for start, stop in bounds], self.leaf.shape.dtype)
         axis, at = self.leaf.part_axis, 0
         for part in self.parts():

@@ -39,9 +39,7 @@ class Attention(nnx.Module):
             rngs=rngs,
         )
         norms = [
-            RMSNorm(
-                config.head_dim, axis="head_dim", eps=config.norm_eps, dtype=dtype, rngs=rngs
-            )
+            RMSNorm(config.head_dim, axis="head_dim", eps=config.norm_eps, dtype=dtype, rngs=rngs)
             if config.qk_norm
             else None
             for _ in range(2)

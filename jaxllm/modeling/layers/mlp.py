@@ -34,17 +34,19 @@ class GatedMLP(nnx.Module):
     ) -> None:
         self.gate_up = Linear(
             {"embed": embed_dim},
-            {"parts": 2, "mlp": mlp_dim},
+            {"mlp": mlp_dim, "parts": 2},
             parts=(1, 1),
             bias=bias,
             dtype=dtype,
             rngs=rngs,
         )
-        self.down = Linear({"mlp": mlp_dim}, {"embed": embed_dim}, bias=bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(
+            {"mlp": mlp_dim}, {"embed": embed_dim}, bias=bias, dtype=dtype, rngs=rngs
+        )
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, E] -> [T, E]."""
-        gate_up = self.gate_up(x)  # [T, 2, F]
-        gate, up = gate_up[..., 0, :], gate_up[..., 1, :]  # [T, F]
+        gate_up = self.gate_up(x)  # [T, F, 2]
+        gate, up = gate_up[..., 0], gate_up[..., 1]  # [T, F]
         return self.down(ACTIVATIONS[self.activation](gate) * up)

@@ -11,7 +11,8 @@ from jaxllm.pallas_kernels.attention.spec import (
     Attend,
     AttentionSpec,
     LayerCache,
-    cache_order,
+    Tuning,
+    tuning_for,
 )
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "LayerCache",
     "PagedAttend",
     "QueryBlocks",
-    "cache_order",
+    "Tuning",
+    "tuning_for",
 ]

@@ -28,7 +28,7 @@ class DenseAttend:
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, spec: AttentionSpec
     ) -> tuple[jax.Array, LayerCache]:
-        """q [T, H, D], k and v [T, K, D] -> [T, H, D]; the cache passes unread."""
+        """Takes q [T, H, D], k and v [T, K, D] -> [T, H, D]; the cache passes unread."""
         num_tokens, num_heads, head_dim = q.shape
         grouped = q.reshape(num_tokens, k.shape[1], -1, head_dim)  # [T, K, G, D]
         scores = jnp.einsum(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.pallas_kernels.attention import xla
-from jaxllm.pallas_kernels.attention.spec import AttentionSpec, LayerCache
+from jaxllm.pallas_kernels.attention.spec import AttentionSpec, LayerCache, Tuning
 
 
 @jax.tree_util.register_dataclass
@@ -51,8 +51,8 @@ class PagedAttend:
     blocks: QueryBlocks | None
     """The chunks; None in a program that has none."""
 
-    order: str
-    """Axis order of the cache, of `spec.cache_order` (static)."""
+    tuning: Tuning
+    """Of `spec.tuning_for` (static)."""
 
     decode_rows: int
     """Rows that may be decodes in this program: 0 or B (static)."""
@@ -60,19 +60,15 @@ class PagedAttend:
     block_q: int
     """Tokens in a query block (static)."""
 
-    dynamic_trips: bool
-    """Whether the loop over blocks stops at the last used one (static): cheap on
-    CPU; on a GPU a fixed trip count spares a wait of the host in each iteration."""
-
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, spec: AttentionSpec
     ) -> tuple[jax.Array, LayerCache]:
-        """q [T, H, D], k and v [T, K, D], (K, V) pages -> [T, H, D], the pages written."""
+        """Takes q [T, H, D], k and v [T, K, D], (K, V) pages -> [T, H, D], the pages written."""
         if cache is None:
             raise ValueError("PagedAttend needs a cache; use DenseAttend for a forward without.")
         self.check_shapes(q, k, cache)
         pages = tuple(
-            xla.write(held, new, self.slot_mapping, self.order)
+            xla.write(held, new, self.slot_mapping, self.tuning.order)
             for held, new in zip(cache, (k, v), strict=True)
         )
         out = jnp.zeros_like(q)
@@ -82,20 +78,20 @@ class PagedAttend:
             decoded = xla.attend_rows(q[: self.decode_rows], pages, self, spec)
             is_decode = jnp.arange(self.decode_rows) < self.num_decodes
             rest = out[: self.decode_rows]
-            out = out.at[: self.decode_rows].set(
-                jnp.where(is_decode[:, None, None], decoded, rest)
-            )
+            out = out.at[: self.decode_rows].set(jnp.where(is_decode[:, None, None], decoded, rest))
         return out, pages
 
     def check_shapes(self, q: jax.Array, k: jax.Array, cache: tuple[jax.Array, ...]) -> None:
         """Raises ValueError where the operands do not belong together (trace time)."""
         num_tokens, num_heads, head_dim = q.shape
         num_kv_heads = k.shape[1]
-        held = dict(zip(self.order, cache[0].shape, strict=True))
+        held = dict(zip(self.tuning.order, cache[0].shape, strict=True))
         if k.shape != (num_tokens, num_kv_heads, head_dim) or num_heads % num_kv_heads:
             raise ValueError(f"q {q.shape} and k {k.shape} do not fit: need [T, H, D], [T, K, D].")
         if (held["K"], held["D"]) != (num_kv_heads, head_dim):
-            raise ValueError(f"cache {cache[0].shape} as {self.order} does not fit k {k.shape}.")
+            raise ValueError(
+                f"cache {cache[0].shape} as {self.tuning.order} does not fit k {k.shape}."
+            )
         if self.slot_mapping.shape != (num_tokens,):
             raise ValueError(f"slot_mapping {self.slot_mapping.shape} is not [T={num_tokens}].")
 
@@ -103,5 +99,5 @@ class PagedAttend:
 jax.tree_util.register_dataclass(
     PagedAttend,
     data_fields=("slot_mapping", "page_table", "kv_lens", "num_decodes", "blocks"),
-    meta_fields=("order", "decode_rows", "block_q", "dynamic_trips"),
+    meta_fields=("tuning", "decode_rows", "block_q"),
 )

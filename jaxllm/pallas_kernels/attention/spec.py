@@ -38,18 +38,37 @@ class Attend(Protocol):
         cache: LayerCache,
         spec: AttentionSpec,
     ) -> tuple[jax.Array, LayerCache]:
-        """q [T, H, D], k and v [T, K, D], a layer's cache -> [T, H, D], the cache."""
+        """Takes q [T, H, D], k and v [T, K, D], a layer's cache -> [T, H, D], the cache."""
         ...
 
 
-def cache_order(platform: str) -> str:
-    """Returns the axis order of a layer's K and V arrays on a platform.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuning:
+    """How the op works on a kind of device. Part of the program, never of the data."""
 
-    On a GPU `PSKD`: a token's heads are one contiguous row, written at once. On
-    CPU `KPSD`: gathered pages are then the operand of a batched matrix product
-    as they lie; the other order made XLA:CPU transpose them, at 4x the time.
-    """
-    return "KPSD" if platform == "cpu" else "PSKD"
+    order: str
+    """Axis order of a layer's K and V arrays, letters of the legend."""
+
+    gather_bytes: int
+    """Most bytes of gathered keys of one layer at once; more rows go in groups."""
+
+    dynamic_trips: bool
+    """Whether the loop over query blocks stops at the last used one."""
+
+
+TUNING = {
+    # KPSD: gathered pages are the operand of a batched matrix product as they lie.
+    # A group's keys stay in a core's own cache: 64 rows x 512 keys at once took 4x as long.
+    "cpu": Tuning(order="KPSD", gather_bytes=1 << 19, dynamic_trips=True),
+    # PSKD: a token's heads are one contiguous row, written at once. A loop whose end is
+    # data would make the host wait in each iteration, so unused blocks are run too.
+    "gpu": Tuning(order="PSKD", gather_bytes=64 << 20, dynamic_trips=False),
+}
+
+
+def tuning_for(platform: str) -> Tuning:
+    """Returns how the op works on a platform of JAX (`cpu`, `gpu`, `cuda`)."""
+    return TUNING["cpu" if platform == "cpu" else "gpu"]
 
 
 def capped(scores: jax.Array, softcap: float | None) -> jax.Array:

@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
 # Einsum letters by cache order: of gathered rows, of their scores; the same for one row.
 # c: keys of a row (M * S), b: rows, q: queries of a block, g: heads of a group.
-LETTERS = {"PSKD": ("bckd", "bkgc", "ckd"), "KPSD": ("kbcd", "kbgc", "kcd")}
-
-GATHER_BYTES = 64 << 20
-"""Most bytes of gathered keys of one layer at once; more rows go in groups."""
+LETTERS = {"PSKD": ("bckd", "bkcg", "ckd"), "KPSD": ("kbcd", "kbcg", "kcd")}
 
 
 def write(pages: jax.Array, new: jax.Array, slots: jax.Array, order: str) -> jax.Array:
@@ -32,7 +29,7 @@ def write(pages: jax.Array, new: jax.Array, slots: jax.Array, order: str) -> jax
         pages: One layer's K or V, axes in `order`.
         new: [T, K, D].
         slots: int32 [T], page * S + offset. The trash page may come many times.
-        order: Of `spec.cache_order`.
+        order: Of `Tuning`.
     """
     shape = pages.shape
     new = new.astype(pages.dtype)
@@ -75,19 +72,21 @@ def attend_rows(
         [B, H, D]; zeros where `kv_lens` is 0.
     """
     num_rows = q.shape[0]
-    row_bytes = step.page_table.shape[1] * pages[0].nbytes // pages[0].shape[step.order.index("P")]
+    row_bytes = (
+        step.page_table.shape[1] * pages[0].nbytes // pages[0].shape[step.tuning.order.index("P")]
+    )
     num_groups = 1
-    while num_rows * row_bytes > GATHER_BYTES * num_groups and num_groups < num_rows:
+    while num_rows * row_bytes > step.tuning.gather_bytes * num_groups and num_groups < num_rows:
         num_groups *= 2  # B is a power of two
 
-    def attend_group(group: tuple[jax.Array, ...]) -> jax.Array:
-        return _attend_rows(*group, pages, step.order, spec)
+    def attend_group(group: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        return _attend_rows(*group, pages, step.tuning.order, spec)
 
     operands = (q, step.page_table, step.kv_lens)
     if num_groups == 1:
         return attend_group(operands)
     size = num_rows // num_groups
-    grouped = tuple(x.reshape(num_groups, size, *x.shape[1:]) for x in operands)
+    grouped = jax.tree.map(lambda x: x.reshape(num_groups, size, *x.shape[1:]), operands)
     return jax.lax.map(attend_group, grouped).reshape(q.shape)
 
 
@@ -105,10 +104,11 @@ def _attend_rows(
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = pages[0].shape[order.index("K")]
     grouped = q.reshape(num_rows, num_kv_heads, -1, head_dim)  # [B, K, G, D]
+    # Keys are the left operand: as the right one XLA:CPU would transpose all of them.
     scores = jnp.einsum(
-        f"bkgd,{kv}->{score}",
-        grouped,
+        f"{kv},bkgd->{score}",
         keys,
+        grouped,
         precision=precision_of(q),
         preferred_element_type=jnp.float32,
     )
@@ -117,7 +117,8 @@ def _attend_rows(
     at = jnp.arange(keys.shape[kv.index("c")], dtype=jnp.int32)[None, :]
     length = kv_lens[:, None]
     seen = _visible(at, length - 1, length, spec.window)  # [B, C]
-    probs = jax.nn.softmax(jnp.where(_spread(seen, "bc", score), scores, MASKED), axis=-1)
+    scores = jnp.where(_spread(seen, "bc", score), scores, MASKED)
+    probs = jax.nn.softmax(scores, axis=score.index("c"))
     values = jnp.where(_spread(seen, "bc", kv), values, 0)
     out = jnp.einsum(
         f"{score},{kv}->bkgd",
@@ -151,9 +152,9 @@ def attend_blocks(
     blocks = step.blocks
     if blocks is None:
         raise ValueError("attend_blocks was called for a step without query blocks.")
-    _, _, kv = LETTERS[step.order]
+    _, _, kv = LETTERS[step.tuning.order]
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = pages[0].shape[step.order.index("K")]
+    num_kv_heads = pages[0].shape[step.tuning.order.index("K")]
     overhang = ((0, step.block_q), (0, 0), (0, 0))
     q_padded = jnp.pad(q, overhang)
     positions = jnp.pad(blocks.positions, overhang[0])
@@ -162,7 +163,7 @@ def attend_blocks(
         row, start = blocks.rows[i], blocks.starts[i]
         query = jax.lax.dynamic_slice_in_dim(q_padded, start, step.block_q)
         query_at = jax.lax.dynamic_slice_in_dim(positions, start, step.block_q)[:, None]
-        keys, values = (gather(p, step.page_table[row], step.order) for p in pages)
+        keys, values = (gather(p, step.page_table[row], step.tuning.order) for p in pages)
         grouped = query.reshape(step.block_q, num_kv_heads, -1, head_dim)
         scores = jnp.einsum(
             f"qkgd,{kv}->kgqc",
@@ -188,7 +189,7 @@ def attend_blocks(
         attended = attended.astype(q.dtype).reshape(step.block_q, num_heads, head_dim)
         return jax.lax.dynamic_update_slice_in_dim(out, attended, start, axis=0)
 
-    trips = blocks.count if step.dynamic_trips else blocks.rows.shape[0]
+    trips = blocks.count if step.tuning.dynamic_trips else blocks.rows.shape[0]
     out = jax.lax.fori_loop(0, trips, attend_one, jnp.zeros_like(q_padded))
     return out[:num_tokens]
 

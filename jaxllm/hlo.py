@@ -1,0 +1,224 @@
+"""Optimised HLO as data: computations, their instructions, and where a value comes from.
+
+The text that `Compiled.as_text()` gives has one instruction a line,
+`%name = type opcode(operands), attributes`. What stands inside a fusion never
+reaches memory, so only computations that run instruction by instruction count:
+the entry, bodies of loops, branches. This file knows nothing of a model.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# Attributes that name a computation which runs instruction by instruction.
+RUN = re.compile(
+    r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)"
+    r"|branch_computations=\{([^}]*)\}"
+)
+RUNNING = frozenset({"while", "conditional", "call", "async-start"})
+
+# Opcodes whose result is the memory of their operand.
+ALIASES = frozenset({"bitcast", "opt-barrier", "while"})
+
+# Opcodes that write into their first operand. Where something else still reads it,
+# XLA has put in a copy, which is an instruction of its own.
+IN_PLACE = frozenset({"dynamic-update-slice", "scatter"})
+
+ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+WIDTH = re.compile(r"\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """An element type and a shape."""
+
+    dtype: str
+    """XLA's name, such as bf16 or s32."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes; a type narrower than a byte is packed."""
+        width = WIDTH.search(self.dtype)
+        bits = int(width[0]) if width else 8  # pred; a token has size 1 and costs nothing real
+        return -(-self.size * bits // 8)
+
+    def __str__(self) -> str:
+        """Returns XLA's spelling."""
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    arrays: tuple[Array, ...]
+    """Its result; several where that is a tuple."""
+
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+    @property
+    def source(self) -> str:
+        """The path of the operation in the traced program."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    def attribute(self, name: str) -> str:
+        """Returns the value of `name=value`, or nothing."""
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        return found[1] if found else ""
+
+    def called(self) -> list[str]:
+        """Returns the names of the computations it mentions."""
+        names = []
+        for one, several in RUN.findall(self.attributes):
+            names += [one] if one else [name.strip(" %") for name in several.split(",")]
+        return names
+
+
+class Module:
+    """The computations of a compiled program."""
+
+    def __init__(self, text: str) -> None:
+        """Parses the text of an optimised module."""
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            if line.startswith(("%", "ENTRY ")) and line.endswith("{"):
+                name = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
+                current = self.computations[name] = {}
+                self.entry = name if line.startswith("ENTRY ") else self.entry
+            elif line.startswith("  ") and " = " in line:
+                instruction = _parse(line)
+                current[instruction.name] = instruction
+        self._callers: dict[str, tuple[str, Instruction]] = {}
+        self.running = list(self._run())
+        """Pairs of computation and instruction, of all that is not inside a fusion."""
+
+    def _run(self) -> Iterator[tuple[str, Instruction]]:
+        names = [self.entry]
+        for name in names:
+            for instruction in self.computations[name].values():
+                yield name, instruction
+                if instruction.opcode in RUNNING:
+                    for called in instruction.called():
+                        self._callers.setdefault(called, (name, instruction))
+                        if called not in names:
+                            names.append(called)
+
+    def body(self, fusion: Instruction) -> dict[str, Instruction]:
+        """Returns the instructions inside a fusion; of another one, itself."""
+        if fusion.opcode != "fusion":
+            return {fusion.name: fusion}
+        return self.computations[fusion.attribute("calls")]
+
+    def results(self, instruction: Instruction) -> list[Instruction]:
+        """Returns what computes each array of an instruction: inside, if it is a fusion."""
+        if instruction.opcode != "fusion":
+            return [instruction] * len(instruction.arrays)
+        body = self.body(instruction)
+        root = _root(body)
+        results = []
+        for name in root.operands if root.opcode == "tuple" else (root.name,):
+            results += [_through_bitcasts(body, name)] * len(body[name].arrays)
+        return results
+
+    def origin(self, computation: str, name: str, part: int = 0) -> Instruction | None:
+        """Returns the entry parameter whose memory a value is, or None.
+
+        Followed are bitcasts, tuples, loops (what a loop carries is its initial
+        value, updated in place) and in-place updates.
+
+        Args:
+            computation: Where the value is named.
+            name: Of the value.
+            part: Which array, where the value is a tuple.
+        """
+        instruction = self.computations[computation][name]
+        if instruction.opcode == "parameter":
+            return self._origin_of_parameter(computation, instruction, part)
+        if instruction.opcode == "get-tuple-element":
+            part = int(instruction.attribute("index"))
+            return self.origin(computation, instruction.operands[0], part)
+        if instruction.opcode == "tuple":
+            return self.origin(computation, instruction.operands[part])
+        if instruction.opcode in ALIASES:
+            return self.origin(computation, instruction.operands[0], part)
+        updated = self.updated_operand(instruction, part)
+        return None if updated is None else self.origin(computation, updated)
+
+    def _origin_of_parameter(
+        self, computation: str, parameter: Instruction, part: int
+    ) -> Instruction | None:
+        if computation == self.entry:
+            return parameter
+        outer, caller = self._callers[computation]
+        number = 0 if caller.opcode == "while" else int(parameter.operands[0])
+        if caller.opcode == "conditional":  # operand 0 chooses; each branch has one of the rest
+            number = 1 + caller.called().index(computation)
+        return self.origin(outer, caller.operands[number], part)
+
+    def updated_operand(self, instruction: Instruction, part: int = 0) -> str | None:
+        """Returns the operand that one of its results overwrites in place, or None."""
+        result = self.results(instruction)[part]
+        if result.opcode not in IN_PLACE:
+            return None
+        if instruction.opcode != "fusion":
+            return result.operands[0]
+        updated = _through_bitcasts(self.body(instruction), result.operands[0])
+        if updated.opcode != "parameter":
+            return None
+        return instruction.operands[int(updated.operands[0])]
+
+
+def _parse(line: str) -> Instruction:
+    name, _, value = line.strip().partition(" = ")
+    kind, value = _split_type(value)
+    opcode, _, rest = value.partition("(")
+    inside, _, attributes = rest.partition(")")
+    operands = re.findall(r"%([\w.\-]+)", inside) if "%" in inside else [inside.strip()]
+    arrays = tuple(
+        Array(dtype, tuple(int(n) for n in sizes.split(",") if n))
+        for dtype, sizes in ARRAY.findall(kind)
+    )
+    return Instruction(
+        name=name.removeprefix("ROOT ").lstrip("%"),
+        arrays=arrays,
+        opcode=opcode,
+        operands=tuple(operands),
+        attributes=attributes,
+        is_root=name.startswith("ROOT "),
+    )
+
+
+def _split_type(value: str) -> tuple[str, str]:
+    """Splits `type opcode(...` after the type, which may be a tuple of types."""
+    depth = 0
+    for i, char in enumerate(value):
+        depth += (char in "({") - (char in ")}")
+        if char == " " and depth == 0:
+            return value[:i], value[i + 1 :]
+    return value, ""
+
+
+def _root(body: dict[str, Instruction]) -> Instruction:
+    return next(instruction for instruction in body.values() if instruction.is_root)
+
+
+def _through_bitcasts(body: dict[str, Instruction], name: str) -> Instruction:
+    instruction = body[name]
+    while instruction.opcode == "bitcast":
+        instruction = body[instruction.operands[0]]
+    return instruction
