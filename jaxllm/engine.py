@@ -51,6 +51,7 @@ class Engine:
         self.requests: dict[str, Request] = {}
         self.stats = EngineStats()
         self._arrivals = 0
+        self._ended: list[Sequence] = []
 
     def add_request(self, request: Request) -> None:
         """Queues the sequences of a request, which has been checked."""
@@ -76,7 +77,8 @@ class Engine:
         returned = time.perf_counter()
         sampled = _by_row(plan, outputs)
         broken = [row.seq for row, ok in zip(plan.rows, outputs.finite, strict=False) if not ok]
-        finished = self.scheduler.update(plan, sampled)
+        # Kept until they are returned: an error below must not lose what ended beside it.
+        self._ended += self.scheduler.update(plan, sampled)
         self._count(plan, key, launched - start, returned - launched)
         if broken:
             self.abort({seq.request_id for seq in broken})
@@ -85,7 +87,7 @@ class Engine:
                 f"{', '.join(sorted({seq.request_id for seq in broken}))} in {self.config.dtype}. "
                 "Try dtype='float32', and check the checkpoint's weights."
             )
-        return self._collect(finished)
+        return self._collect()
 
     def program_key(self, plan: StepPlan) -> ProgramKey:
         """Returns the program of a plan: the shapes, and only what its rows ask for."""
@@ -99,10 +101,12 @@ class Engine:
             logprobs=logprobs_bucket(max(asked)) if asked else None,
         )
 
-    def _collect(self, sequences: Iterable[Sequence]) -> list[Request]:
+    def _collect(self) -> list[Request]:
         """Removes and returns the requests whose last sequence has ended."""
-        ids = dict.fromkeys(seq.request_id for seq in sequences)
-        done = [self.requests[i] for i in ids if self.requests[i].is_finished]
+        ids = dict.fromkeys(seq.request_id for seq in self._ended)
+        self._ended = []
+        found = [self.requests[i] for i in ids if i in self.requests]
+        done = [request for request in found if request.is_finished]
         for request in done:
             del self.requests[request.request_id]
         return done

@@ -25,6 +25,15 @@ ALIASES = frozenset({"bitcast", "opt-barrier", "while"})
 # XLA has put in a copy, which is an instruction of its own.
 IN_PLACE = frozenset({"dynamic-update-slice", "scatter"})
 
+FUSIONS = frozenset({"fusion", "fusion-start"})
+
+# Which of the arrays of an instruction that only starts are its results.
+STARTS = {
+    "all-gather-start": lambda count: slice(count // 2, None),
+    "collective-permute-start": lambda count: slice(1, 2),
+    "copy-start": lambda count: slice(0, 1),
+}
+
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 WIDTH = re.compile(r"\d+")
 
@@ -118,22 +127,26 @@ class Module:
                         if called not in names:
                             names.append(called)
 
-    def body(self, fusion: Instruction) -> dict[str, Instruction]:
+    def body(self, instruction: Instruction) -> dict[str, Instruction]:
         """Returns the instructions inside a fusion; of another one, itself."""
-        if fusion.opcode != "fusion":
-            return {fusion.name: fusion}
-        return self.computations[fusion.attribute("calls")]
+        if instruction.opcode not in FUSIONS:
+            return {instruction.name: instruction}
+        return self.computations[instruction.attribute("calls")]
 
-    def results(self, instruction: Instruction) -> list[Instruction]:
-        """Returns what computes each array of an instruction: inside, if it is a fusion."""
-        if instruction.opcode != "fusion":
-            return [instruction] * len(instruction.arrays)
-        body = self.body(instruction)
-        root = _root(body)
-        results = []
-        for name in root.operands if root.opcode == "tuple" else (root.name,):
-            results += [_through_bitcasts(body, name)] * len(body[name].arrays)
-        return results
+    def results(self, instruction: Instruction) -> list[tuple[Array, Instruction]]:
+        """Returns what an instruction writes, and by what: inside, if it is a fusion."""
+        arrays = instruction.arrays
+        if instruction.opcode in FUSIONS:
+            body = self.body(instruction)
+            root = _root(body)
+            makers = []
+            for name in root.operands if root.opcode == "tuple" else (root.name,):
+                makers += [_through_bitcasts(body, name)] * len(body[name].arrays)
+            # One that starts is a tuple of its operands, then of its results.
+            return list(zip(arrays[-len(makers) :], makers, strict=True))
+        if instruction.opcode in STARTS:
+            arrays = arrays[STARTS[instruction.opcode](len(arrays))]
+        return [(array, instruction) for array in arrays]
 
     def origin(self, computation: str, name: str, part: int = 0) -> Instruction | None:
         """Returns the entry parameter whose memory a value is, or None.
@@ -172,10 +185,11 @@ class Module:
 
     def updated_operand(self, instruction: Instruction, part: int = 0) -> str | None:
         """Returns the operand that one of its results overwrites in place, or None."""
-        result = self.results(instruction)[part]
-        if result.opcode not in IN_PLACE:
+        results = self.results(instruction)
+        if part >= len(results) or results[part][1].opcode not in IN_PLACE:
             return None
-        if instruction.opcode != "fusion":
+        result = results[part][1]
+        if instruction.opcode not in FUSIONS:
             return result.operands[0]
         updated = _through_bitcasts(self.body(instruction), result.operands[0])
         if updated.opcode != "parameter":

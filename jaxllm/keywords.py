@@ -18,8 +18,9 @@ class ExplainsKeywords(type):
         known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
         for name in kwargs:
             if name not in known:
+                guess = nearest(name, known) or "."
                 raise TypeError(
-                    f"{cls.__name__} got an unexpected keyword argument {name!r}"
-                    f"{nearest(name, known)}. It takes: {', '.join(known)}."
+                    f"{cls.__name__} got an unexpected keyword argument {name!r}{guess} "
+                    f"It takes: {', '.join(known)}."
                 )
         return super().__call__(*args, **kwargs)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from jaxllm import compile_cache
 from jaxllm.devices import reserve_memory
 from jaxllm.engine import Engine
 from jaxllm.errors import JaxLLMError, RequestError
@@ -102,6 +103,7 @@ class LLM(metaclass=ExplainsKeywords):
         use_tqdm_on_load: bool = True,
     ) -> None:
         configure()
+        compile_cache.enable()
         start = time.perf_counter()
         self._engine: Engine | None = None
         reserve_memory(gpu_memory_utilization or DEFAULTS["gpu"]["memory_fraction"])
@@ -227,6 +229,7 @@ class LLM(metaclass=ExplainsKeywords):
             params=params,
             seed=seed & (2**64 - 1),
             arrival=0,
+            eos_token_id=getattr(self._tokenizer, "eos_token_id", None),
             eos_token_ids=self._eos,
             cache_salt=prompt.cache_salt,
         )

@@ -51,8 +51,9 @@ SILENT = frozenset(
     }
 )
 
-# Opcodes whose result is never a form of an operand, whatever its size.
-PRODUCTS = frozenset({"convolution", "custom-call", "dot"})
+# Opcodes that multiply or select: what they give is no form of a whole operand, even
+# where it has as many elements.
+MAKING = frozenset({"convolution", "custom-call", "dot", "gather"})
 
 COLLECTIVES = (
     "all-gather",
@@ -174,8 +175,7 @@ def _writes(module: Module) -> Iterator[Write]:
         if opcode in SILENT or opcode.endswith("-done"):
             continue
         moves = all(inner.opcode in MOVING for inner in module.body(instruction).values())
-        results = module.results(instruction)
-        for i, (array, result) in enumerate(zip(instruction.arrays, results, strict=True)):
+        for i, (array, result) in enumerate(module.results(instruction)):
             in_place = module.updated_operand(instruction, i) is not None
             yield Write(
                 opcode=result.opcode,
@@ -190,7 +190,7 @@ def _writes(module: Module) -> Iterator[Write]:
 
 def _rewritten(module: Module, where: str, instruction: Instruction, array: Array) -> str | None:
     """The argument among an instruction's operands that has as many elements as its result."""
-    if any(inner.opcode in PRODUCTS for inner in module.body(instruction).values()):
+    if any(inner.opcode in MAKING for inner in module.body(instruction).values()):
         return None
     known = module.computations[where]
     for name in instruction.operands:
@@ -202,13 +202,12 @@ def _rewritten(module: Module, where: str, instruction: Instruction, array: Arra
 
 def _collectives(module: Module) -> Iterator[Collective]:
     for _, instruction in module.running:
-        opcode = instruction.opcode.removesuffix("-start")
-        if opcode not in COLLECTIVES:
-            continue
-        arrays = instruction.arrays
-        if instruction.opcode in ("all-gather-start", "collective-permute-start"):
-            arrays = arrays[len(arrays) // 2 :]  # a tuple of operands, a tuple of results
-        yield Collective(opcode, arrays, instruction.source)
+        # From jax 0.12 on a small one can be the only instruction of a fusion.
+        for inner in module.body(instruction).values():
+            opcode = inner.opcode.removesuffix("-start")
+            if opcode in COLLECTIVES:
+                arrays = tuple(array for array, _ in module.results(inner))
+                yield Collective(opcode, arrays, inner.source)
 
 
 def _loops(module: Module) -> Iterator[Loop]:

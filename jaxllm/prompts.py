@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxllm.errors import RequestError
+from jaxllm.sampling_params import as_integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ def parse_prompts(prompts: Any) -> list[Prompt]:
     """
     if isinstance(prompts, (str, Mapping)) or _is_token_ids(prompts):
         return [_parse(prompts, "the prompt")]
-    if not isinstance(prompts, Sequence):
+    if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Sequence):
         raise RequestError(
             "Prompt should be a string, list of tokens, or dictionary, or a list of those; "
             f"got {type(prompts).__name__}."
@@ -36,9 +37,9 @@ def parse_prompts(prompts: Any) -> list[Prompt]:
 
 
 def _is_token_ids(prompt: Any) -> bool:
-    if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence) or not len(prompt):
+    if isinstance(prompt, (str, bytes, bytearray)) or not isinstance(prompt, Sequence):
         return False
-    return all(hasattr(token, "__index__") and not isinstance(token, bool) for token in prompt)
+    return len(prompt) > 0 and all(as_integer(token) is not None for token in prompt)
 
 
 def _parse(prompt: Any, where: str) -> Prompt:
@@ -48,7 +49,7 @@ def _parse(prompt: Any, where: str) -> Prompt:
         return Prompt(None, [int(token) for token in prompt])
     if isinstance(prompt, Mapping):
         return _parse_mapping(prompt, where)
-    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+    if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
         what = "is empty" if not len(prompt) else "holds something that is no integer"
         raise RequestError(f"Token prompt should be a list of integers: {where} {what}.")
     raise RequestError(
@@ -58,7 +59,7 @@ def _parse(prompt: Any, where: str) -> Prompt:
 
 
 def _parse_mapping(prompt: Mapping[str, Any], where: str) -> Prompt:
-    unknown = sorted(set(prompt) - set(KEYS))
+    unknown = sorted(set(prompt) - set(KEYS), key=str)
     if unknown:
         raise RequestError(f"{where} has the keys {unknown}; jaxllm reads {list(KEYS)}.")
     text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")

@@ -90,7 +90,7 @@ def logprobs_of(logits: jax.Array, tokens: jax.Array, count: int) -> SampledLogp
     Args:
         logits: float32 [B, V], raw.
         tokens: int32 [B], the chosen ones.
-        count: k, how many of the likeliest to return.
+        count: k, how many of the likeliest to return; all V where that is fewer.
 
     Returns:
         Arrays with N = 1.
@@ -98,7 +98,7 @@ def logprobs_of(logits: jax.Array, tokens: jax.Array, count: int) -> SampledLogp
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # [B, 1]
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)  # [B, 1]
     rank = jnp.sum(logits >= chosen, axis=-1, dtype=jnp.int32)
-    top, top_ids = jax.lax.top_k(logits, count)
+    top, top_ids = jax.lax.top_k(logits, min(count, logits.shape[1]))
     return SampledLogprobs(
         chosen=chosen - total,
         rank=rank[:, None],

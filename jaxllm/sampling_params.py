@@ -1,12 +1,17 @@
 """What a request asks of the sampler, and when it stops. No JAX here."""
 
 import dataclasses
+import logging
 import math
+import numbers
+import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, SupportsIndex
+from typing import Any
 
 from jaxllm.errors import RequestError
 from jaxllm.keywords import ExplainsKeywords
+
+logger = logging.getLogger("jaxllm")
 
 MIN_TEMPERATURE = 0.01
 """A smaller temperature above 0 is raised to it, as logits divided by less overflow."""
@@ -45,8 +50,15 @@ class SamplingParams(metaclass=ExplainsKeywords):
         """Checks every value that needs no model to check."""
         self.temperature = _number("temperature", self.temperature, 0.0, 2.0)
         if 0 < self.temperature < MIN_TEMPERATURE:
+            logger.warning(
+                "temperature=%g is raised to %g; use 0 for greedy",
+                self.temperature,
+                MIN_TEMPERATURE,
+            )
             self.temperature = MIN_TEMPERATURE
-        self.seed = None if self.seed == -1 else _whole("seed", self.seed, optional=True)
+        self.seed = _whole("seed", self.seed, optional=True)
+        if self.seed == -1:
+            self.seed = None
         self.max_tokens = _whole("max_tokens", self.max_tokens, at_least=1, optional=True)
         self.stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids)
         if self.logprobs is True:
@@ -58,10 +70,20 @@ class SamplingParams(metaclass=ExplainsKeywords):
         return dataclasses.replace(self)
 
 
+def as_integer(value: Any) -> int | None:
+    """Returns an integer of any library as an `int`; None for all else, claims and floats too."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # arrays have __index__ too: only calling it tells
+    except TypeError:
+        return None
+
+
 def _number(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise RequestError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}.")
-    if not low <= value <= high:
+    if not low <= float(value) <= high:
         raise RequestError(f"{name} must be in [{low:g}, {high:g}], got {value}.")
     return float(value)
 
@@ -71,15 +93,17 @@ def _whole(
 ) -> int | None:
     if value is None and optional:
         return None
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+    whole = as_integer(value)
+    if whole is None:
         raise RequestError(f"{name} must be an integer, got {value!r}.")
-    value = value.__index__()
-    if at_least is not None and value < at_least:
-        raise RequestError(f"{name} must be at least {at_least}, got {value}.")
-    return value
+    if at_least is not None and whole < at_least:
+        raise RequestError(f"{name} must be at least {at_least}, got {whole}.")
+    return whole
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise RequestError(f"{name} must be a list of token ids, got {value!r}.")
     ids = [_whole(f"each of {name}", v, at_least=0) for v in value]

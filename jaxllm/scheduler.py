@@ -112,8 +112,9 @@ class Scheduler:
             num_left = seq.num_tokens - len(cached) * self.config.page_size
             if not self.config.enable_chunked_prefill and num_left > budget:
                 break
-            self.waiting.popleft()
+            # In both queues for a moment, and never in neither: `reset` may come at any line.
             self._start(seq, cached, num_new)
+            self.waiting.popleft()
             admitted.append(_chunk(seq, budget))
             budget -= admitted[-1].num_tokens
         return admitted
@@ -152,10 +153,10 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         """Takes a sequence's pages; its tokens are kept and computed again later."""
+        self.waiting.appendleft(seq)
         self._leave(seq)
         seq.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(seq)
 
     def _leave(self, seq: Sequence) -> None:
         """Ends a sequence's time among the running: pages and row are given back."""
@@ -189,8 +190,8 @@ class Scheduler:
     def _stops(self, seq: Sequence, token: int) -> bool:
         if token in seq.stop_ids():
             seq.finish_reason = "stop"
-            eos = not seq.params.ignore_eos and seq.eos_token_ids[:1] == (token,)
-            seq.stop_reason = None if eos else token
+            is_eos = token == seq.eos_token_id and not seq.params.ignore_eos
+            seq.stop_reason = None if is_eos else token
         elif seq.remaining(self.config.max_model_len) <= 0:
             seq.finish_reason = "length"
         return seq.is_finished

@@ -22,8 +22,11 @@ class Sequence:
     arrival: int
     """Counts requests up; the older is never preempted for the younger."""
 
+    eos_token_id: int | None = None
+    """The tokenizer's end of a sequence: ends it unless `ignore_eos`, and is no stop reason."""
+
     eos_token_ids: tuple[int, ...] = ()
-    """Tokens that end it unless `ignore_eos`; the first is the tokenizer's."""
+    """All tokens that end it unless `ignore_eos`: the tokenizer's and the configs'."""
 
     cache_salt: str | None = None
     """Separates prefix-cache domains."""

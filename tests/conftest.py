@@ -5,11 +5,14 @@ folder; nothing comes from a network and torch is not needed.
 """
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAXLLM_LOGGING_LEVEL", "WARNING")
+# Workers inherit the folder, so that each program is compiled once a run.
+os.environ.setdefault("JAXLLM_CACHE_ROOT", tempfile.mkdtemp(prefix="jaxllm-tests-"))
 
 import jax
 
@@ -18,7 +21,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 import pytest
 
+from jaxllm import compile_cache
 from tests.tiny import tiny_checkpoint
+
+compile_cache.enable()
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,7 @@ def test_random_arrivals(llama, prompts, expected):
     engine = make()
     steps = np.random.default_rng(0).integers(0, 40, len(prompts))
 
-    done = run(engine, [(s, request(str(i), p)) for i, (s, p) in enumerate(zip(steps, prompts))])
+    done = run(engine, [(steps[i], request(str(i), p)) for i, p in enumerate(prompts)])
 
     assert done == expected
 

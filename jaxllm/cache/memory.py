@@ -109,7 +109,6 @@ def plan_memory(
     page_bytes = token_bytes * engine.page_size
     available = limit - weights - temp if cache_bytes is None else cache_bytes
     num_pages = max(0, available) // page_bytes
-    # More pages than all rows can hold at full length would never be used, but for old prefixes.
     num_tokens = max(0, num_pages - 1) * engine.page_size
     length = engine.max_model_len
     if num_tokens < length and fit_length and num_tokens > 0:
@@ -128,6 +127,11 @@ def _too_small(
         f"weights take {weights / GIB:.3f} GiB and temporaries {temp / GIB:.3f} GiB of the "
         f"{limit / GIB:.3f} GiB that may be used"
     )
+    if weights > limit:
+        return (
+            f"The model does not fit: {numbers}. Use dtype='bfloat16' if it is float32, a smaller "
+            "model, or raise gpu_memory_utilization."
+        )
     if fits == 0:
         return (
             f"No available memory for the cache blocks: {numbers}. Try increasing "

@@ -1,0 +1,51 @@
+import pytest
+
+from jaxllm.errors import ConfigError
+from jaxllm.sharding import gpu_topology
+from jaxllm.sharding.gpu_topology import CARDS, gpu_devices, target_config
+from jaxllm.sharding.layouts import preset
+from jaxllm.sharding.mesh import make_mesh
+
+
+def test_an_unknown_card_is_refused_with_the_list():
+    with pytest.raises(ConfigError, match=r"card='h20' is not known.*Use one of \['a100', 'b200'"):
+        gpu_devices("h20")
+
+
+def test_no_devices_are_refused():
+    with pytest.raises(ConfigError, match="count=0 must be at least 1"):
+        gpu_devices("h200", 0)
+
+
+def test_a_missing_plugin_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(gpu_topology, "PLUGINS", ("jaxllm_has_no_such_plugin",))
+
+    with pytest.raises(ConfigError, match=r"needs the CUDA plugin of JAX.*'jaxllm\[aot\]'"):
+        gpu_devices("h200")
+
+
+def test_only_cards_from_hopper_on_get_instructions_of_one_architecture():
+    accelerated = [name for name, card in CARDS.items() if "ACCELERATED" in target_config(card)]
+
+    assert accelerated == ["h100", "h200", "b200"]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("card", CARDS)
+def test_devices_are_those_of_the_card(card):
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the `aot` extra")
+
+    devices = gpu_devices(card, 2)
+
+    assert [device.platform for device in devices] == ["gpu", "gpu"]
+    assert devices[0].device_kind == CARDS[card].name
+    assert devices[0].compute_capability == ".".join(map(str, CARDS[card].capability))
+
+
+@pytest.mark.aot
+def test_a_mesh_is_made_of_them():
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the `aot` extra")
+
+    mesh = make_mesh(preset("tensor", tensor=8), gpu_devices("h200", 8))
+
+    assert dict(mesh.shape) == {"data": 1, "tensor": 8, "expert": 1}

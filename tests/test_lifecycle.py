@@ -1,0 +1,389 @@
+"""Making, closing and interrupting: nothing leaks, and the engine is exact afterwards."""
+
+import gc
+import inspect
+import random
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import pytest
+
+import jaxllm
+from jaxllm import LLM, CheckpointError, ConfigError, RequestError, SamplingParams
+from tests.tiny import Naive, random_prompts, tiny_model
+
+PACKAGE = str(Path(jaxllm.__file__).parent)
+MAX_LEN = 64
+SMALL = {
+    "skip_tokenizer_init": True,
+    "max_model_len": MAX_LEN,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 16,
+    "block_size": 4,
+    "kv_cache_memory_bytes": 1 << 16,
+    "use_tqdm_on_load": False,
+}
+# Fewer pages than four sequences need: a call prefills in chunks, preempts and evicts.
+FEW_PAGES = {"kv_cache_memory_bytes": 19 * 4 * 256}
+GREEDY = SamplingParams(temperature=0, max_tokens=10)
+PROMPTS = random_prompts(4, longest=24, shortest=9)
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoints):
+    with LLM(checkpoints(), **{**SMALL, **FEW_PAGES}) as llm:
+        generate(llm)  # compiles what the tests below need
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def expected():
+    _, model, params = tiny_model()
+    naive = Naive(model, params, length=MAX_LEN)
+    return [naive.generate(prompt, GREEDY.max_tokens) for prompt in PROMPTS]
+
+
+def generate(llm, prompts=PROMPTS, params=GREEDY):
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def num_live():
+    gc.collect()
+    return len(jax.live_arrays())
+
+
+def assert_num_live(expected, what=""):
+    """No array was left, not even in a cycle."""
+    if len(jax.live_arrays()) != expected:
+        gc.collect()  # half a second: only where it can change the answer
+    assert len(jax.live_arrays()) == expected, what
+
+
+def assert_clean(llm):
+    """Nothing is held, queued or lost."""
+    engine = llm._engine
+    engine.scheduler.check_invariants()
+    assert llm.stats()["num_pages_held"] == 0
+    assert not engine.scheduler.has_work
+    assert engine.requests == {}
+
+
+# ---------------------------------------------------------------- making and closing
+
+
+def test_ten_rounds_of_load_generate_and_close_leave_no_array(checkpoints):
+    folder = checkpoints(num_hidden_layers=1)
+    live, answers = num_live(), []
+
+    for _ in range(10):
+        llm = LLM(folder, **SMALL)
+        answers.append(generate(llm, [[3, 1, 4]], SamplingParams(temperature=0, max_tokens=1)))
+        llm.close()
+
+        assert_num_live(live)
+
+    assert all(answer == answers[0] for answer in answers)
+
+
+def test_with_closes_even_when_its_body_fails(checkpoints):
+    live = num_live()
+
+    with pytest.raises(RequestError), LLM(checkpoints(), **SMALL) as llm:
+        llm.generate("no tokenizer")
+
+    assert_num_live(live)
+    assert "closed" in repr(llm)
+
+
+def test_del_frees_the_arrays_at_once(checkpoints):
+    live = num_live()
+    llm = LLM(checkpoints(), **SMALL)
+    assert len(jax.live_arrays()) > live
+
+    del llm  # no collection: there must be no cycle to collect
+
+    assert len(jax.live_arrays()) == live
+
+
+def test_rebinding_a_name_frees_the_former_model(checkpoints):
+    live = num_live()
+    llm = LLM(checkpoints(), **SMALL)
+    one = len(jax.live_arrays())
+
+    for _ in range(3):
+        llm = LLM(checkpoints(), **SMALL)
+
+    assert one > live
+    assert_num_live(one)
+    llm.close()
+
+
+def test_two_models_at_once_do_not_meet(llm, expected, checkpoints):
+    with LLM(checkpoints(seed=1), **SMALL) as other:
+        alone = generate(other, PROMPTS[:1])
+
+        assert generate(llm) == expected
+        assert generate(other, PROMPTS[:1]) == alone
+        assert alone != expected[:1]
+
+    assert generate(llm) == expected
+
+
+def test_failed_load_leaves_no_array(checkpoints, tmp_path):
+    live = num_live()
+
+    with pytest.raises(ConfigError, match="kv_cache_memory_bytes"):
+        LLM(checkpoints(), **{**SMALL, "kv_cache_memory_bytes": 100})
+    with pytest.raises(CheckpointError, match="has no config"):
+        LLM(tmp_path, **SMALL)
+
+    assert_num_live(live)
+
+
+def test_calls_in_a_row_give_the_same_tokens(llm, expected):
+    assert [generate(llm) for _ in range(3)] == [expected] * 3
+    assert_clean(llm)
+    assert llm.stats()["num_preemptions"] > 0
+
+
+# ---------------------------------------------------------------- interrupts at chosen points
+
+
+def interrupt_in_call(function, when, *, after):
+    """Wraps a function to be interrupted in its `when`-th call, before or after it has run."""
+    calls = 0
+
+    def wrapped(*args):
+        nonlocal calls
+        calls += 1
+        if calls == when and not after:
+            raise KeyboardInterrupt
+        result = function(*args)
+        if calls == when:
+            raise KeyboardInterrupt
+        return result
+
+    return wrapped
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("when", [1, 2, 5, 11])
+@pytest.mark.parametrize("part", ["schedule", "run", "update", "recover"])
+def test_interrupt_around_a_part_of_a_step_leaves_a_usable_engine(
+    llm, expected, monkeypatch, part, when, after
+):
+    engine = llm._engine
+    owner = engine.runner if part == "run" else engine if part == "recover" else engine.scheduler
+    if part == "recover":
+        broken = interrupt_in_call(engine.runner.run, when, after=True)
+        monkeypatch.setattr(engine.runner, "run", broken)
+        when = 1  # a second interrupt, while the first is being dealt with
+    monkeypatch.setattr(owner, part, interrupt_in_call(getattr(owner, part), when, after=after))
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(llm)
+
+    monkeypatch.undo()
+    assert generate(llm) == expected
+    assert_clean(llm)
+
+
+@pytest.mark.parametrize("when", [1, 2, 3, 5, 8, 13])
+def test_interrupt_that_loses_the_donated_state_leaves_a_usable_engine(
+    llm, expected, monkeypatch, when
+):
+    runner, calls = llm._engine.runner, []
+
+    def get(key):
+        program = programs_get(key)
+
+        def run(*args):
+            outputs = program(*args)
+            calls.append(jax.block_until_ready(outputs))
+            if len(calls) == when:
+                raise KeyboardInterrupt  # the old state is donated and the new one dropped
+            return outputs
+
+        return run
+
+    programs_get = runner.programs.get
+    monkeypatch.setattr(runner.programs, "get", get)
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(llm)
+
+    monkeypatch.undo()
+    calls.clear()
+    assert not runner.is_lost()
+    assert_clean(llm)
+    assert generate(llm) == expected
+
+
+def test_interrupt_while_requests_are_queued_leaves_none(llm, expected, monkeypatch):
+    engine = llm._engine
+    monkeypatch.setattr(engine, "add_request", interrupt_in_call(engine.add_request, 3, after=True))
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(llm)
+
+    monkeypatch.undo()
+    assert_clean(llm)
+    assert generate(llm) == expected
+
+
+def test_interrupt_from_the_progress_bar_leaves_a_usable_engine(llm, expected):
+    def bar(**_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, GREEDY, use_tqdm=bar)
+
+    assert_clean(llm)
+    assert generate(llm) == expected
+
+
+# ---------------------------------------------------------------- interrupts anywhere
+
+
+class Interrupts:
+    """Raises KeyboardInterrupt at the n-th event in jaxllm's code, for each n of `at`.
+
+    An event is the start or the end of a call, of Python or of C. That is where
+    Python looks for signals: a call that was interrupted at its end has done its
+    work, and its result is lost.
+    """
+
+    def __init__(self, *at):
+        self.at, self.count = set(at), 0
+
+    def profile(self, frame, event, arg):
+        code = frame.f_code
+        # What is raised in a generator that is being thrown away, Python ignores.
+        if code.co_filename.startswith(PACKAGE) and not code.co_flags & inspect.CO_GENERATOR:
+            self.count += 1
+            if self.count in self.at:
+                raise KeyboardInterrupt
+
+    def trace(self, frame, event, arg):
+        if sys.getprofile() is None:
+            sys.setprofile(self.profile)  # Python drops a profile function that raises
+        return self.trace if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    def __enter__(self):
+        self.former = sys.gettrace(), sys.getprofile()
+        sys.settrace(self.trace)
+        sys.setprofile(self.profile)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self.former[0])
+        sys.setprofile(self.former[1])
+
+
+def count_events(function):
+    with Interrupts() as interrupts:
+        function()
+    return interrupts.count
+
+
+def interrupted_at(llm, *events):
+    """Returns how many of the interrupts fell into a call that was cut off by them."""
+    interrupts = Interrupts(*events)
+    with pytest.raises(KeyboardInterrupt), interrupts:
+        generate(llm)
+    return sum(event <= interrupts.count for event in events)
+
+
+def test_interrupt_anywhere_leaves_a_usable_engine(llm, expected):
+    num_events = count_events(lambda: generate(llm))
+
+    for event in random.Random(0).sample(range(1, num_events + 1), 80):
+        interrupted_at(llm, event)
+
+        assert_clean(llm)
+        assert generate(llm) == expected, f"after an interrupt at event {event} of {num_events}"
+
+
+def test_second_interrupt_soon_after_the_first_leaves_a_usable_engine(llm, expected):
+    num_events = count_events(lambda: generate(llm))
+    rng, num_second = random.Random(0), 0
+
+    for first in rng.sample(range(1, num_events + 1), 80):
+        second = first + rng.randint(1, 60)
+
+        num_second += interrupted_at(llm, first, second) == 2
+
+        assert generate(llm) == expected, f"after interrupts at events {first} and {second}"
+        assert_clean(llm)
+
+    assert num_second > 10
+
+
+def test_interrupt_while_a_program_is_compiled_leaves_a_usable_engine(checkpoints, expected):
+    first = expected[0][:1]
+    params = SamplingParams(temperature=0, max_tokens=1)
+    with LLM(checkpoints(), **SMALL) as llm:
+        # Once it is compiled and kept, before how long that took is.
+        cache = llm._engine.runner.programs
+        cache._programs = InterruptsAfterStoring()
+
+        with pytest.raises(KeyboardInterrupt):
+            generate(llm, PROMPTS[:1], params)
+
+        assert_clean(llm)
+        assert generate(llm, PROMPTS[:1], params) == [first]
+
+
+class InterruptsAfterStoring(dict):
+    """A dict whose first stored item is followed by an interrupt."""
+
+    def __setitem__(self, key, value):
+        is_first = not self
+        super().__setitem__(key, value)
+        if is_first:
+            raise KeyboardInterrupt
+
+
+# A file that was opened and not yet given to its `with` is closed by Python, which says so.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupted_load_leaves_no_array(checkpoints):
+    folder = checkpoints()
+    live = num_live()
+    num_events = count_events(lambda: LLM(folder, **SMALL).close())
+
+    for event in random.Random(0).sample(range(1, num_events), 25):
+        with pytest.raises(KeyboardInterrupt), Interrupts(event):
+            LLM(folder, **SMALL).close()
+
+        assert_num_live(live, f"after an interrupt at event {event} of {num_events}")
+
+
+# ---------------------------------------------------------------- real signals
+
+
+def test_ctrl_c_at_any_time_leaves_a_usable_engine(llm, expected):
+    rng = random.Random(0)
+
+    for _ in range(20):
+        assert generate_until_ctrl_c(llm, delay=rng.uniform(0, 0.1))
+
+        assert_clean(llm)
+        assert generate(llm) == expected
+
+
+def generate_until_ctrl_c(llm, delay):
+    """Generates again and again; returns whether a real SIGINT ended it."""
+    timer = threading.Timer(delay, signal.raise_signal, [signal.SIGINT])
+    try:
+        timer.start()
+        while timer.is_alive():
+            generate(llm)
+        timer.join()
+    except KeyboardInterrupt:
+        return True
+    return False

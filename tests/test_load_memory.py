@@ -1,0 +1,138 @@
+"""What a load takes of the host's memory, measured in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from transformers import LlamaConfig
+
+ROOT = Path(__file__).parent.parent
+MIB = 1 << 20
+EMBED, MLP, LAYERS, VOCAB = 1024, 4096, 3, 16384
+SHAPES = {
+    "model.embed_tokens.weight": (VOCAB, EMBED),
+    "lm_head.weight": (VOCAB, EMBED),
+    "model.norm.weight": (EMBED,),
+}
+for i in range(LAYERS):
+    layer = f"model.layers.{i}"
+    SHAPES |= {f"{layer}.self_attn.{n}_proj.weight": (EMBED, EMBED) for n in "qkvo"}
+    SHAPES |= {f"{layer}.mlp.{n}_proj.weight": (MLP, EMBED) for n in ("gate", "up")}
+    SHAPES |= {f"{layer}.mlp.down_proj.weight": (EMBED, MLP)}
+    SHAPES |= {f"{layer}.{n}_layernorm.weight": (EMBED,) for n in ("input", "post_attention")}
+
+# Samples this process' anonymous memory while it loads. "Beyond" is what it has grown by, less
+# the bytes of the parameters up to the one that is being read.
+SCRIPT = """
+import json, sys, threading, time
+from pathlib import Path
+import jax, numpy as np
+from jaxllm import loading
+from jaxllm.sharding.apply import Sharder
+from jaxllm.sharding.layouts import preset
+from jaxllm.sharding.mesh import make_mesh
+
+folder, dtype, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+layout = preset("tensor", tensor=size)
+sharder = Sharder(layout, make_mesh(layout))
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(x.split()[1]) << 10 for x in status if x.startswith("RssAnon"))
+
+class Progress:
+    '''Stands in for tqdm: knows how many parameters were handed over.'''
+    done = 0
+    def update(self, size):
+        self.done += 1
+    def __enter__(self):
+        return self
+    def __exit__(self, *_):
+        pass
+
+progress, most, done = Progress(), [0, 0], threading.Event()
+loading.tqdm = lambda **_: progress
+
+def watch():
+    while not done.is_set():
+        reached = progress.done  # read first: what was handed over since counts as growth
+        grown = anonymous() - before
+        most[:] = max(most[0], grown), max(most[1], grown - upto[reached])
+        time.sleep(0.0005)
+
+plan = loading.plan_load(folder, loading.Wishes(dtype=dtype), sharder, "auto")
+shape = jax.ShapeDtypeStruct((2, 8), np.float32, sharding=sharder.sharding())
+jax.make_array_from_callback(shape.shape, shape.sharding, lambda i: np.zeros((2, 8))[i]).delete()
+upto = np.cumsum([leaf.num_bytes for leaf in plan.model.leaves]).tolist()
+upto.append(upto[-1])
+before = anonymous()
+watcher = threading.Thread(target=watch)
+watcher.start()
+params = loading.load_params(plan, seed=0, show_progress=False)
+done.set()
+watcher.join()
+held = sum(shard.data.nbytes for param in params for shard in param.addressable_shards)
+print(json.dumps({"params": held, "grown": most[0], "beyond": most[1]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """300 MiB of float32 in five files; the largest tensor has 64 MiB."""
+    folder = tmp_path_factory.mktemp("large")
+    rng = np.random.default_rng(0)
+    names = list(SHAPES)
+    weight_map = {}
+    for i in range(5):
+        file = f"model-{i + 1:05d}-of-00005.safetensors"
+        chosen = names[i::5]
+        save_file({n: rng.random(SHAPES[n], np.float32) for n in chosen}, folder / file)
+        weight_map |= dict.fromkeys(chosen, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=EMBED,
+        intermediate_size=MLP,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        max_position_embeddings=128,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 1), ("bfloat16", 2)])
+def test_load_grows_by_less_than_two_tensors_beyond_the_parameters(folder, dtype, size):
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={size}",
+        "PYTHONPATH": str(ROOT),
+    }
+
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder), dtype, str(size)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+
+    measured = json.loads(done.stdout)
+    width = 4 if dtype == "float32" else 2
+    largest = width * VOCAB * EMBED
+    num_params = sum(int(np.prod(shape)) for shape in SHAPES.values())
+    assert measured["params"] >= width * num_params
+    assert measured["grown"] >= measured["params"]  # or it measures the wrong thing
+    in_mib = {name: value / MIB for name, value in measured.items()}
+    assert measured["beyond"] < 2 * largest, in_mib
+    assert measured["grown"] - measured["params"] < 2 * largest, in_mib
