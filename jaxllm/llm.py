@@ -59,8 +59,8 @@ class LLM(metaclass=ExplainsKeywords):
             8192 on a GPU.
         gpu_memory_utilization: Share of each device's memory for weights, work
             and cache; 0.92 by default. On CPU it is a share of the machine's
-            memory, and by default the cache takes 1 GiB, or one sequence of
-            `max_model_len` where that is more.
+            memory, and by default the cache takes 1 GiB: more where one sequence of
+            `max_model_len` needs it, less where `max_num_seqs` of them do not.
         kv_cache_memory_bytes: Bytes of the cache on each device, instead.
         block_size: Tokens in a page of the cache; a power of two.
         enable_prefix_caching: Keep the pages of past prompts and find them again.

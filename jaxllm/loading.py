@@ -28,7 +28,8 @@ from jaxllm.sharding.apply import Sharder
 logger = logging.getLogger("jaxllm")
 
 CPU_CACHE = 1 << 30
-"""Bytes of KV cache on CPU where the caller says nothing, or one full sequence if that is more."""
+"""Bytes of KV cache on CPU where the caller says nothing: more if one full sequence needs it,
+less if all rows together do not."""
 
 DEFAULTS = {
     "cpu": {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "memory_fraction": 0.9},
@@ -206,7 +207,8 @@ def _plan_memory(
     cache_bytes = wishes.cache_bytes
     if cache_bytes is None and on_cpu and fraction is None:
         sequence = (engine.pages_per_seq + 1) * engine.page_size * token_bytes
-        cache_bytes = min(max(CPU_CACHE, sequence), limit - weight_bytes - temp)
+        most = engine.max_num_seqs * sequence  # all rows at full length
+        cache_bytes = min(max(CPU_CACHE, sequence), most, limit - weight_bytes - temp)
     return plan_memory(
         engine=engine,
         limit=limit,

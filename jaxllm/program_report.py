@@ -174,7 +174,7 @@ def _writes(module: Module) -> Iterator[Write]:
         opcode = instruction.opcode
         if opcode in SILENT or opcode.endswith("-done"):
             continue
-        moves = all(inner.opcode in MOVING for inner in module.body(instruction).values())
+        moves = all(_moves(inner) for inner in module.body(instruction).values())
         for i, (array, result) in enumerate(module.results(instruction)):
             in_place = module.updated_operand(instruction, i) is not None
             yield Write(
@@ -186,6 +186,11 @@ def _writes(module: Module) -> Iterator[Write]:
                 computation=where,
                 source=instruction.source,
             )
+
+
+def _moves(inner: Instruction) -> bool:
+    """Whether it computes nothing, the index of a slice apart."""
+    return inner.opcode in MOVING or all(array.size == 1 for array in inner.arrays)
 
 
 def _rewritten(module: Module, where: str, instruction: Instruction, array: Array) -> str | None:

@@ -196,28 +196,28 @@ def test_interrupt_around_a_part_of_a_step_leaves_a_usable_engine(
 def test_interrupt_that_loses_the_donated_state_leaves_a_usable_engine(
     llm, expected, monkeypatch, when
 ):
-    runner, calls = llm._engine.runner, []
+    runner, lost = llm._engine.runner, []
+    get = runner.programs.get
 
-    def get(key):
-        program = programs_get(key)
+    def get_broken(key):
+        program = get(key)
 
-        def run(*args):
-            outputs = program(*args)
-            calls.append(jax.block_until_ready(outputs))
-            if len(calls) == when:
-                raise KeyboardInterrupt  # the old state is donated and the new one dropped
+        def run(params, state, buffer):
+            outputs = program(params, state, buffer)
+            lost.append(state.last_token.is_deleted())
+            if len(lost) == when:
+                raise KeyboardInterrupt  # the old state was donated, and the new one is dropped
             return outputs
 
         return run
 
-    programs_get = runner.programs.get
-    monkeypatch.setattr(runner.programs, "get", get)
+    monkeypatch.setattr(runner.programs, "get", get_broken)
 
     with pytest.raises(KeyboardInterrupt):
         generate(llm)
 
     monkeypatch.undo()
-    calls.clear()
+    assert lost == [True] * when
     assert not runner.is_lost()
     assert_clean(llm)
     assert generate(llm) == expected

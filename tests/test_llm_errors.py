@@ -282,7 +282,7 @@ TOO_SMALL = [
         ["kv_cache_memory_bytes", "max_model_len"],
     ),
     (
-        {"memory_fraction": 1e-9},
+        {"memory_fraction": 1e-4},
         "No available memory.*Try increasing `gpu_memory_utilization`",
         ["kv_cache_memory_bytes"],
     ),

@@ -10,7 +10,7 @@ from jaxllm.pallas_kernels.attention.spec import (
     AttentionSpec,
     LayerCache,
     capped,
-    precision_of,
+    product,
 )
 
 
@@ -31,13 +31,7 @@ class DenseAttend:
         """Takes q [T, H, D], k and v [T, K, D] -> [T, H, D]; the cache passes unread."""
         num_tokens, num_heads, head_dim = q.shape
         grouped = q.reshape(num_tokens, k.shape[1], -1, head_dim)  # [T, K, G, D]
-        scores = jnp.einsum(
-            "qkgd,ckd->kgqc",
-            grouped,
-            k,
-            precision=precision_of(q),
-            preferred_element_type=jnp.float32,
-        )
+        scores = product("qkgd,ckd->kgqc", grouped, k, upcast=True)
         scores = capped(scores * spec.scale, spec.softcap)
 
         query, key = self.positions[:, None], self.positions[None, :]
@@ -45,11 +39,5 @@ class DenseAttend:
         if spec.window is not None:
             seen &= key > query - spec.window
         probs = jax.nn.softmax(jnp.where(seen[None, None], scores, MASKED), axis=-1)
-        out = jnp.einsum(
-            "kgqc,ckd->qkgd",
-            probs.astype(v.dtype),
-            v,
-            precision=precision_of(q),
-            preferred_element_type=jnp.float32,
-        )
+        out = product("kgqc,ckd->qkgd", probs, v, upcast=True)
         return out.astype(q.dtype).reshape(num_tokens, num_heads, head_dim), cache

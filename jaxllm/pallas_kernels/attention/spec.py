@@ -55,14 +55,18 @@ class Tuning:
     dynamic_trips: bool
     """Whether the loop over query blocks stops at the last used one."""
 
+    upcast: bool
+    """Whether 16-bit operands become float32 before a product."""
+
 
 TUNING = {
     # KPSD: gathered pages are the operand of a batched matrix product as they lie.
     # A group's keys stay in a core's own cache: 64 rows x 512 keys at once took 4x as long.
-    "cpu": Tuning(order="KPSD", gather_bytes=1 << 19, dynamic_trips=True),
+    # XLA:CPU has no batched product of bfloat16 into float32 in some shapes.
+    "cpu": Tuning(order="KPSD", gather_bytes=1 << 19, dynamic_trips=True, upcast=True),
     # PSKD: a token's heads are one contiguous row, written at once. A loop whose end is
     # data would make the host wait in each iteration, so unused blocks are run too.
-    "gpu": Tuning(order="PSKD", gather_bytes=64 << 20, dynamic_trips=False),
+    "gpu": Tuning(order="PSKD", gather_bytes=64 << 20, dynamic_trips=False, upcast=False),
 }
 
 
@@ -76,6 +80,9 @@ def capped(scores: jax.Array, softcap: float | None) -> jax.Array:
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
-def precision_of(x: jax.Array) -> jax.lax.Precision | None:
-    """Returns the precision of a product: float32 is never TF32."""
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+def product(subscripts: str, x: jax.Array, y: jax.Array, *, upcast: bool) -> jax.Array:
+    """Returns an einsum of two arrays in float32; float32 operands are never TF32."""
+    dtype = jnp.float32 if upcast else y.dtype  # so probabilities take that of the values
+    x, y = x.astype(dtype), y.astype(dtype)
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jaxllm.pallas_kernels.attention.spec import MASKED, AttentionSpec, capped, precision_of
+from jaxllm.pallas_kernels.attention.spec import MASKED, AttentionSpec, Tuning, capped, product
 
 if TYPE_CHECKING:
     from jaxllm.pallas_kernels.attention.paged import PagedAttend
@@ -80,7 +80,7 @@ def attend_rows(
         num_groups *= 2  # B is a power of two
 
     def attend_group(group: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return _attend_rows(*group, pages, step.tuning.order, spec)
+        return _attend_rows(*group, pages, step.tuning, spec)
 
     operands = (q, step.page_table, step.kv_lens)
     if num_groups == 1:
@@ -95,23 +95,17 @@ def _attend_rows(
     page_table: jax.Array,
     kv_lens: jax.Array,
     pages: tuple[jax.Array, ...],
-    order: str,
+    tuning: Tuning,
     spec: AttentionSpec,
 ) -> jax.Array:
     """Attention of a group of rows whose keys are gathered together."""
-    kv, score, _ = LETTERS[order]
-    keys, values = (gather(p, page_table, order) for p in pages)
+    kv, score, _ = LETTERS[tuning.order]
+    keys, values = (gather(p, page_table, tuning.order) for p in pages)
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads = pages[0].shape[order.index("K")]
+    num_kv_heads = pages[0].shape[tuning.order.index("K")]
     grouped = q.reshape(num_rows, num_kv_heads, -1, head_dim)  # [B, K, G, D]
     # Keys are the left operand: as the right one XLA:CPU would transpose all of them.
-    scores = jnp.einsum(
-        f"{kv},bkgd->{score}",
-        keys,
-        grouped,
-        precision=precision_of(q),
-        preferred_element_type=jnp.float32,
-    )
+    scores = product(f"{kv},bkgd->{score}", keys, grouped, upcast=tuning.upcast)
     scores = capped(scores * spec.scale, spec.softcap)
 
     at = jnp.arange(keys.shape[kv.index("c")], dtype=jnp.int32)[None, :]
@@ -120,13 +114,7 @@ def _attend_rows(
     scores = jnp.where(_spread(seen, "bc", score), scores, MASKED)
     probs = jax.nn.softmax(scores, axis=score.index("c"))
     values = jnp.where(_spread(seen, "bc", kv), values, 0)
-    out = jnp.einsum(
-        f"{score},{kv}->bkgd",
-        probs.astype(values.dtype),
-        values,
-        precision=precision_of(q),
-        preferred_element_type=jnp.float32,
-    )
+    out = product(f"{score},{kv}->bkgd", probs, values, upcast=tuning.upcast)
     return out.astype(q.dtype).reshape(num_rows, num_heads, head_dim)
 
 
@@ -165,13 +153,7 @@ def attend_blocks(
         query_at = jax.lax.dynamic_slice_in_dim(positions, start, step.block_q)[:, None]
         keys, values = (gather(p, step.page_table[row], step.tuning.order) for p in pages)
         grouped = query.reshape(step.block_q, num_kv_heads, -1, head_dim)
-        scores = jnp.einsum(
-            f"qkgd,{kv}->kgqc",
-            grouped,
-            keys,
-            precision=precision_of(q),
-            preferred_element_type=jnp.float32,
-        )
+        scores = product(f"qkgd,{kv}->kgqc", grouped, keys, upcast=step.tuning.upcast)
         scores = capped(scores * spec.scale, spec.softcap)
 
         at = jnp.arange(keys.shape[kv.index("c")], dtype=jnp.int32)
@@ -179,13 +161,7 @@ def attend_blocks(
         seen = _visible(at[None, :], query_at, length, spec.window)  # [Q, C]
         probs = jax.nn.softmax(jnp.where(_spread(seen, "qc", "kgqc"), scores, MASKED), axis=-1)
         values = jnp.where(_spread(at < length, "c", kv), values, 0)
-        attended = jnp.einsum(
-            f"kgqc,{kv}->qkgd",
-            probs.astype(values.dtype),
-            values,
-            precision=precision_of(q),
-            preferred_element_type=jnp.float32,
-        )
+        attended = product(f"kgqc,{kv}->qkgd", probs, values, upcast=step.tuning.upcast)
         attended = attended.astype(q.dtype).reshape(step.block_q, num_heads, head_dim)
         return jax.lax.dynamic_update_slice_in_dim(out, attended, start, axis=0)
 

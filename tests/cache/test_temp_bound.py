@@ -1,0 +1,90 @@
+"""`temp_bound` against what XLA:CPU reports. For a GPU: tests/test_programs_gpu.py."""
+
+import functools
+
+import pytest
+
+from jaxllm.buckets import Buckets
+from jaxllm.cache.memory import FIXED_TEMP, temp_bound
+from jaxllm.config import EngineConfig
+from jaxllm.modeling.abstract import abstract_model
+from jaxllm.modeling.config import ModelConfig, RopeConfig
+from jaxllm.modeling.decoder import Decoder
+from jaxllm.program_report import report
+from jaxllm.programs import ProgramBuilder, ProgramKey
+from tests.tiny import sharder
+
+ENGINE = EngineConfig(max_model_len=4096, max_num_seqs=64, max_num_batched_tokens=1024)
+BUCKETS = Buckets(ENGINE)
+KEYS = [
+    ProgramKey(BUCKETS.decode(2, 8)),
+    ProgramKey(BUCKETS.decode(64, 256), steps=8),
+    ProgramKey(BUCKETS.decode(64, 8), sampled=True, logprobs=20),
+    ProgramKey(BUCKETS.mixed(1024, 64, 256, with_decodes=True)),
+]
+
+
+def config(**sizes) -> ModelConfig:
+    fixed = {
+        "family": "llama",
+        "num_layers": 2,
+        "max_position": 4096,
+        "norm_eps": 1e-5,
+        "activation": "silu",
+        "rope": RopeConfig(),
+        "tie_embeddings": False,
+    }
+    return ModelConfig(**{**fixed, **sizes})
+
+
+CONFIGS = {
+    "tiny": config(
+        vocab_size=101, embed_dim=32, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8
+    ),
+    "grouped": config(
+        vocab_size=32000, embed_dim=512, mlp_dim=1536, num_heads=8, num_kv_heads=2, head_dim=64
+    ),
+    "deep, every head its own": config(
+        vocab_size=1000,
+        embed_dim=512,
+        mlp_dim=2048,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=64,
+    ),
+    "one KV head, biases, norms": config(
+        vocab_size=1000,
+        embed_dim=64,
+        mlp_dim=256,
+        num_heads=16,
+        num_kv_heads=1,
+        head_dim=128,
+        qkv_bias=True,
+        qk_norm=True,
+        tie_embeddings=True,
+    ),
+}
+
+
+@functools.cache
+def builder(name: str) -> ProgramBuilder:
+    on_cpu = sharder()
+    model = abstract_model(CONFIGS[name], Decoder, ENGINE.dtype, on_cpu)
+    return ProgramBuilder(model, ENGINE, on_cpu, num_pages=600)
+
+
+@pytest.mark.parametrize("key", KEYS, ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_bound_covers_the_temporaries(name, key):
+    found = report(builder(name).lower(key).compile())
+
+    # What is fixed is for GPU libraries; a CPU does without.
+    assert found.temp_bytes <= temp_bound(CONFIGS[name], ENGINE, [key.bucket]) - FIXED_TEMP
+
+
+@pytest.mark.parametrize("key", KEYS[:2], ids=str)
+def test_no_weight_is_copied_to_multiply_with_it(key):
+    found = report(builder("grouped").lower(key).compile())
+
+    assert found.rewritten(at_least=1 << 16) == []

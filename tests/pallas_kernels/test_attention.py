@@ -1,0 +1,218 @@
+"""Every implementation of attention equals the reference, over pages full of NaN."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.pallas_kernels.attention import (
+    AttentionSpec,
+    DenseAttend,
+    PagedAttend,
+    QueryBlocks,
+    Tuning,
+)
+from jaxllm.pallas_kernels.attention.reference import attend_sequence
+from jaxllm.pallas_kernels.attention.spec import TUNING
+
+PAGE_SIZE = 4
+NUM_PAGES = 40
+BLOCK_Q = 4
+NUM_KV_HEADS, HEAD_DIM = 2, 8
+
+SPECS = {
+    "plain": AttentionSpec(scale=HEAD_DIM**-0.5),
+    "scaled": AttentionSpec(scale=0.7),
+    "window": AttentionSpec(scale=HEAD_DIM**-0.5, window=5),
+    "window of one": AttentionSpec(scale=HEAD_DIM**-0.5, window=1),
+    "softcap": AttentionSpec(scale=1.0, softcap=2.0),
+    "all": AttentionSpec(scale=0.5, window=7, softcap=3.0),
+}
+
+# (tokens before the step, tokens in it) of each row: decodes first, then chunks.
+STEPS = {
+    "decodes": [(0, 1), (3, 1), (4, 1), (17, 1)],
+    "chunks": [(0, 3), (0, 4), (2, 9), (16, 5)],
+    "mixed": [(6, 1), (15, 1), (0, 11), (5, 2)],
+    "one": [(12, 1)],
+}
+
+ONE_ROW_AT_A_TIME = Tuning(order="KPSD", gather_bytes=1, dynamic_trips=True, upcast=True)
+TUNINGS = {**TUNING, "small groups": ONE_ROW_AT_A_TIME}
+
+
+@dataclasses.dataclass
+class Case:
+    """A step in the op's own terms, and the answer."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    caches: tuple
+    attend: PagedAttend
+    expected: np.ndarray
+    num_tokens: int
+
+
+def lay_out(pages, order):
+    """[P, S, K, D] in another order of axes."""
+    return pages.transpose(["PSKD".index(axis) for axis in order])
+
+
+def make_case(rows, spec, tuning, group=3, seed=0):
+    rng = np.random.default_rng(seed)
+    num_rows = 8
+    num_tokens = sum(n for _, n in rows)
+    padded = 32
+    shapes = {"q": NUM_KV_HEADS * group, "k": NUM_KV_HEADS, "v": NUM_KV_HEADS}
+    q, k, v = (rng.normal(size=(padded, h, HEAD_DIM)) for h in shapes.values())
+    # Whatever no row has written is NaN: the trash page, free pages, the tails of pages.
+    k_pages, v_pages = (
+        np.full((NUM_PAGES, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM), np.nan) for _ in range(2)
+    )
+    table = np.zeros((num_rows, 8), np.int32)
+    lens, slots = np.zeros(num_rows, np.int32), np.zeros(padded, np.int32)
+    positions = np.zeros(padded, np.int32)
+    expected = np.zeros_like(q)
+    blocks, free, at = [], list(rng.permutation(np.arange(1, NUM_PAGES))), 0
+    num_decodes = sum(n == 1 for _, n in rows)
+    for row, (before, new) in enumerate(rows):
+        total = before + new
+        pages = [free.pop() for _ in range(-(-total // PAGE_SIZE))]
+        table[row, : len(pages)] = pages
+        lens[row] = total
+        where = [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(total)]
+        old_k, old_v = rng.normal(size=(2, before, NUM_KV_HEADS, HEAD_DIM))
+        k_pages.reshape(-1, NUM_KV_HEADS, HEAD_DIM)[where[:before]] = old_k
+        v_pages.reshape(-1, NUM_KV_HEADS, HEAD_DIM)[where[:before]] = old_v
+        mine = slice(at, at + new)
+        slots[mine], positions[mine] = where[before:], np.arange(before, total)
+        expected[mine] = attend_sequence(
+            q[mine], np.concatenate([old_k, k[mine]]), np.concatenate([old_v, v[mine]]), spec
+        )
+        if new > 1:
+            blocks += [(row, start) for start in range(at, at + new, BLOCK_Q)]
+        at += new
+    unused = [(0, padded)] * 3
+    block_rows, starts = np.array(blocks + unused, np.int32).T
+    attend = PagedAttend(
+        slot_mapping=jnp.asarray(slots),
+        page_table=jnp.asarray(table),
+        kv_lens=jnp.asarray(lens),
+        num_decodes=jnp.int32(num_decodes),
+        blocks=QueryBlocks(
+            jnp.asarray(block_rows),
+            jnp.asarray(starts),
+            jnp.asarray(positions),
+            jnp.int32(len(blocks)),
+        ),
+        tuning=tuning,
+        decode_rows=num_rows,
+        block_q=BLOCK_Q,
+    )
+    caches = tuple(lay_out(pages, tuning.order) for pages in (k_pages, v_pages))
+    return Case(q, k, v, caches, attend, expected, num_tokens)
+
+
+def attend_with(case, spec, dtype=jnp.float32):
+    arrays = [jnp.asarray(x, dtype) for x in (case.q, case.k, case.v)]
+    caches = tuple(jnp.asarray(c, dtype) for c in case.caches)
+    call = jax.jit(lambda attend, q, k, v, c: attend(q, k, v, c, spec))
+    out, written = call(case.attend, *arrays, caches)
+    return np.asarray(out, np.float64), written
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("step", STEPS)
+def test_every_kind_of_step(step, tuning):
+    spec = SPECS["all"]
+    case = make_case(STEPS[step], spec, TUNINGS[tuning])
+
+    out, _ = attend_with(case, spec)
+
+    want = case.expected[: case.num_tokens]
+    np.testing.assert_allclose(out[: case.num_tokens], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_option(spec):
+    case = make_case(STEPS["mixed"], SPECS[spec], TUNING["cpu"])
+
+    out, _ = attend_with(case, SPECS[spec])
+
+    want = case.expected[: case.num_tokens]
+    np.testing.assert_allclose(out[: case.num_tokens], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 2, 5])
+def test_every_number_of_heads_in_a_group(group):
+    case = make_case(STEPS["mixed"], SPECS["plain"], TUNING["gpu"], group)
+
+    out, _ = attend_with(case, SPECS["plain"])
+
+    want = case.expected[: case.num_tokens]
+    np.testing.assert_allclose(out[: case.num_tokens], want, atol=1e-5)
+
+
+def test_bfloat16_is_close():
+    case = make_case(STEPS["mixed"], SPECS["plain"], TUNING["cpu"])
+
+    out, _ = attend_with(case, SPECS["plain"], jnp.bfloat16)
+
+    np.testing.assert_allclose(out[: case.num_tokens], case.expected[: case.num_tokens], atol=0.05)
+
+
+@pytest.mark.parametrize("tuning", TUNING)
+def test_padding_writes_to_the_trash_page_only(tuning):
+    case = make_case(STEPS["mixed"], SPECS["plain"], TUNING[tuning])
+
+    _, written = attend_with(case, SPECS["plain"])
+
+    order = TUNING[tuning].order
+    back = [order.index(axis) for axis in "PSKD"]
+    for held, pages in zip(case.caches, written, strict=True):
+        before = held.transpose(back).reshape(NUM_PAGES * PAGE_SIZE, -1)
+        after = np.asarray(pages).transpose(back).reshape(NUM_PAGES * PAGE_SIZE, -1)
+        changed = np.flatnonzero(
+            (after != before.astype(np.float32)).any(1) & ~np.isnan(after).any(1)
+        )
+        slots = np.asarray(case.attend.slot_mapping)
+        assert set(changed) == set(slots)
+
+
+def test_dense_segments_equal_the_reference():
+    rng = np.random.default_rng(0)
+    sizes = [3, 1, 9]
+    q = rng.normal(size=(sum(sizes), 6, HEAD_DIM))
+    k, v = rng.normal(size=(2, sum(sizes), NUM_KV_HEADS, HEAD_DIM))
+    spec = SPECS["all"]
+    segments = np.repeat(np.arange(3, dtype=np.int32), sizes)
+    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
+    attend = DenseAttend(jnp.asarray(positions), jnp.asarray(segments))
+
+    arrays = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+    out, cache = jax.jit(lambda a, q, k, v: a(q, k, v, None, spec))(attend, *arrays)
+
+    want = [
+        attend_sequence(q[segments == i], k[segments == i], v[segments == i], spec)
+        for i in range(3)
+    ]
+    np.testing.assert_allclose(np.asarray(out), np.concatenate(want), atol=1e-5)
+    assert cache is None
+
+
+def test_operands_that_do_not_fit_are_refused():
+    case = make_case(STEPS["one"], SPECS["plain"], TUNING["gpu"])
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (case.q, case.k, case.v))
+    caches = tuple(jnp.asarray(c, jnp.float32) for c in case.caches)
+
+    with pytest.raises(ValueError, match="needs a cache; use DenseAttend"):
+        case.attend(q, k, v, None, SPECS["plain"])
+    with pytest.raises(ValueError, match=r"do not fit: need \[T, H, D\], \[T, K, D\]"):
+        case.attend(q, k[:, :, :4], v, caches, SPECS["plain"])
+    with pytest.raises(ValueError, match="as PSKD does not fit k"):
+        case.attend(q, k[:, :1], v[:, :1], caches, SPECS["plain"])
+    with pytest.raises(ValueError, match=r"slot_mapping \(32,\) is not \[T=8\]"):
+        case.attend(q[:8], k[:8], v[:8], caches, SPECS["plain"])
