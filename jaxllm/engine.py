@@ -50,6 +50,9 @@ class Engine:
         self.scheduler = Scheduler(self.config, runner.builder.num_pages)
         self.requests: dict[str, Request] = {}
         self.stats = EngineStats()
+        self.in_call: frozenset[str] = frozenset()
+        """Requests of the call in progress; afterwards, what a cut-off call left to clean up."""
+
         self._arrivals = 0
         self._ended: list[Sequence] = []
 
@@ -130,12 +133,15 @@ class Engine:
             self.requests.pop(request_id, None)
 
     def recover(self) -> None:
-        """Makes the engine exact again after a step was cut off anywhere inside.
+        """Ends the call in progress, cut off wherever it was, and makes the engine exact again.
 
-        Requests that are still wanted start anew; the tokens they had are kept.
+        Requests of others start anew; the tokens they had are kept. If this is interrupted too,
+        `in_call` still says so, and doing it again finishes it.
         """
+        self.abort(self.in_call)
         self.scheduler.reset()
         self.runner.recover()
+        self.in_call = frozenset()
 
 
 def _by_row(plan: StepPlan, outputs: StepOutputs) -> list[SampledRow]:

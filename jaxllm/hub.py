@@ -1,5 +1,6 @@
 """From a model's name to a local folder: a hub id and a folder go one way."""
 
+import os
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -9,13 +10,18 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 
 from jaxllm.errors import CheckpointError
 
 # What a model needs: configs, tokenizers, chat templates, weights. Never code or pickles.
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-IGNORED = ["original/**", "consolidated*", "**/onnx/**", "**/openvino/**"]
+IGNORED = ["original/**", "consolidated*"]
+IGNORED += [f"{at}{name}/**" for name in ("onnx", "openvino") for at in ("", "**/")]
+
+CONFIG_ERRORS = (ValueError, KeyError, TypeError, StrictDataclassError)
+"""What reading a config.json raises whose values make no sense; the last is the hub's own."""
 
 DEMO = Path(__file__).parent / "demo" / "model"
 
@@ -36,7 +42,7 @@ def local_folder(model: str | Path, revision: str | None, token: str | bool | No
     """
     if str(model) == "demo":
         return DEMO
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))  # pathlib's raises where there is no such user
     if folder.is_dir():
         return folder
     name = str(model)

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from jaxllm import compile_cache
 from jaxllm.devices import reserve_memory
 from jaxllm.engine import Engine
-from jaxllm.errors import JaxLLMError, RequestError
+from jaxllm.errors import ConfigError, JaxLLMError, RequestError
 from jaxllm.hub import local_folder
 from jaxllm.keywords import ExplainsKeywords
 from jaxllm.loading import DEFAULTS, LoadFormat, Plan, Wishes, eos_token_ids, load_params, plan_load
@@ -23,7 +23,7 @@ from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
 from jaxllm.programs import ProgramBuilder
 from jaxllm.prompts import Prompt, parse_prompts
 from jaxllm.runner import ModelRunner
-from jaxllm.sampling_params import SamplingParams
+from jaxllm.sampling_params import SamplingParams, as_integer
 from jaxllm.sequence import Request
 from jaxllm.sequence import Sequence as TokenSequence
 from jaxllm.sharding import layouts
@@ -106,8 +106,7 @@ class LLM(metaclass=ExplainsKeywords):
         compile_cache.enable()
         start = time.perf_counter()
         self._engine: Engine | None = None
-        reserve_memory(gpu_memory_utilization or DEFAULTS["gpu"]["memory_fraction"])
-        folder = local_folder(model, revision, hf_token)
+        self._random = _generator(seed)
         wishes = Wishes(
             dtype=dtype,
             max_model_len=max_model_len,
@@ -120,6 +119,9 @@ class LLM(metaclass=ExplainsKeywords):
             enable_chunked_prefill=enable_chunked_prefill,
             max_logprobs=max_logprobs,
         )
+        # The backend keeps the first share it starts with, so it is checked before.
+        reserve_memory(gpu_memory_utilization or DEFAULTS["gpu"]["memory_fraction"])
+        folder = local_folder(model, revision, hf_token)
         layout = layouts.preset("replicated")
         sharder = Sharder(layout, make_mesh(layout))
         plan = plan_load(folder, wishes, sharder, load_format)
@@ -135,9 +137,8 @@ class LLM(metaclass=ExplainsKeywords):
         self._plan = plan
         self._eos = eos_token_ids(plan, self._tokenizer)
         self._name = str(model)
-        self._random = np.random.default_rng(seed)
         self._num_requests = 0
-        params = load_params(plan, seed=seed, show_progress=use_tqdm_on_load)
+        params = load_params(plan, seed=int(seed or 0) & 0x7FFFFFFF, show_progress=use_tqdm_on_load)
         builder = ProgramBuilder(plan.model, plan.engine, sharder, plan.memory.num_pages)
         self._engine = Engine(ModelRunner(builder, params))
         logger.info("%s", _summary(self._name, plan, sharder, time.perf_counter() - start))
@@ -172,6 +173,9 @@ class LLM(metaclass=ExplainsKeywords):
         engine = self._live_engine()
         requests = self._requests(parse_prompts(prompts), sampling_params)
         done: dict[str, Request] = {}
+        if engine.in_call:
+            engine.recover()  # the last call's own recovery was interrupted
+        engine.in_call = frozenset(request.request_id for request in requests)
         try:
             for request in requests:
                 engine.add_request(request)
@@ -182,9 +186,9 @@ class LLM(metaclass=ExplainsKeywords):
                         bar.finish(request)
         except BaseException:
             # Wherever in a step it fell: give back what this call holds, then start clean.
-            engine.abort(request.request_id for request in requests)
             engine.recover()
             raise
+        engine.in_call = frozenset()
         return [self._output(request) for request in requests]
 
     def _requests(
@@ -198,7 +202,7 @@ class LLM(metaclass=ExplainsKeywords):
         if isinstance(sampling_params, SamplingParams):
             params = [sampling_params] * len(prompts)
         else:
-            params = list(sampling_params)
+            params = _params_list(sampling_params)
         if len(prompts) != len(params):
             raise RequestError(
                 f"The lengths of prompts ({len(prompts)}) and params ({len(params)}) "
@@ -385,6 +389,26 @@ class LLM(metaclass=ExplainsKeywords):
             f"LLM({self._name!r}, {state}{self._plan.architecture}, {config.num_layers} layers, "
             f"{self._plan.engine.dtype}, max_model_len={self.max_model_len})"
         )
+
+
+def _params_list(given: Any) -> list[SamplingParams]:
+    """Returns the parameters of each prompt, or says what was given in their place."""
+    strange = given
+    if isinstance(given, Iterable) and not isinstance(given, (str, Mapping, type)):
+        given = list(given)
+        strange = next((p for p in given if not isinstance(p, SamplingParams)), None)
+        if all(isinstance(p, SamplingParams) for p in given):
+            return given
+    what = "the class itself" if strange is SamplingParams else type(strange).__name__
+    raise RequestError(
+        f"sampling_params must be a SamplingParams, or a list with one for each prompt; got {what}."
+    )
+
+
+def _generator(seed: int | None) -> np.random.Generator:
+    if seed is not None and (as_integer(seed) is None or seed < 0):
+        raise ConfigError(f"seed={seed!r} must be an integer of at least 0.")
+    return np.random.default_rng(seed)
 
 
 def _is_exiting() -> bool:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from jaxllm.errors import ConfigError
 from jaxllm.modeling import registry, weights
 from jaxllm.modeling.abstract import AbstractModel, abstract_model, init_params
 from jaxllm.modeling.config import ModelConfig
+from jaxllm.sampling_params import as_integer
 from jaxllm.sharding.apply import Sharder
 
 logger = logging.getLogger("jaxllm")
@@ -54,6 +56,29 @@ class Wishes:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     max_logprobs: int = 20
+
+    def __post_init__(self) -> None:
+        """Checks types, and what no model and no machine could give."""
+        for name, value in {
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "block_size": self.page_size,
+            "kv_cache_memory_bytes": self.cache_bytes,
+            "max_logprobs": self.max_logprobs,
+        }.items():
+            if value is not None and as_integer(value) is None:
+                raise ConfigError(f"{name}={value!r} must be an integer.")
+        if self.cache_bytes is not None and self.cache_bytes < 1:
+            raise ConfigError(
+                f"kv_cache_memory_bytes={self.cache_bytes} must be at least 1. "
+                f"Use {CPU_CACHE} for one GiB, or leave it out."
+            )
+        fraction = self.memory_fraction
+        if fraction is not None and not (isinstance(fraction, Real) and 0 < fraction <= 1):
+            raise ConfigError(
+                f"gpu_memory_utilization={fraction!r} must be greater than 0 and at most 1. "
+                "Use 0.9 for nine tenths of the memory."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +114,22 @@ def plan_load(folder: Path, wishes: Wishes, sharder: Sharder, load_format: LoadF
             f"load_format={load_format!r} is not supported. Use 'auto', 'safetensors' or 'dummy'."
         )
     checkpoint = None if load_format == "dummy" else weights.Checkpoint(folder)
-    if checkpoint and config.tie_embeddings and _head_differs(checkpoint, family):
-        logger.info(
-            "config.json ties the output head to the embedding, but the checkpoint's differ"
-        )
-        config = replace(config, tie_embeddings=False)
+    ignored = family.IGNORED_WEIGHTS
+    if checkpoint and config.tie_embeddings:
+        names = {line.path: line.names[0] for line in family.WEIGHTS}
+        head, embedding = names["head.weight"], names["embed.weight"]
+        if weights.ties_differ(checkpoint, head, embedding):
+            logger.info(
+                "config.json ties the output head to the embedding, but the checkpoint's differ"
+            )
+            config = replace(config, tie_embeddings=False)
+        else:
+            ignored = (*ignored, head)  # many checkpoints hold the embedding a second time
     device = sharder.mesh.devices.flat[0]
     stored = checkpoint.dtype() if checkpoint else "F32"
     engine = _engine_config(wishes, config, resolve_dtype(wishes.dtype, stored, device), device)
     model = abstract_model(config, family.build, engine.dtype, sharder)
-    sources = (
-        weights.match(model, checkpoint, family.WEIGHTS, family.IGNORED_WEIGHTS)
-        if checkpoint
-        else []
-    )
+    sources = weights.match(model, checkpoint, family.WEIGHTS, ignored) if checkpoint else []
     memory = _plan_memory(wishes, config, engine, model, device, sharder)
     engine = replace(engine, max_model_len=memory.max_model_len)
     return Plan(folder, architecture, family, config, engine, model, memory, sources, hf)
@@ -129,11 +156,6 @@ def load_params(plan: Plan, *, seed: int, show_progress: bool) -> tuple[jax.Arra
         time.perf_counter() - start,
     )
     return params
-
-
-def _head_differs(checkpoint: weights.Checkpoint, family: registry.Family) -> bool:
-    names = {line.path: line.names[0] for line in family.WEIGHTS}
-    return weights.ties_differ(checkpoint, names["head.weight"], names["embed.weight"])
 
 
 def _engine_config(
@@ -163,17 +185,18 @@ def _engine_config(
 def _max_model_len(asked: int | str | None, derived: int) -> int:
     if asked is None or asked in ("auto", -1):
         return derived
-    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+    length = as_integer(asked)
+    if length is None or length < 1:
         raise ConfigError(
             f"max_model_len={asked!r} is neither a number of tokens nor 'auto'. "
             f"The model's own is {derived}."
         )
-    if asked > derived:
+    if length > derived:
         raise ConfigError(
             f"User-specified max_model_len ({asked}) is greater than the derived max_model_len "
             f"(max_position_embeddings={derived}). Use {derived} or less."
         )
-    return asked
+    return length
 
 
 def _plan_memory(
@@ -186,15 +209,11 @@ def _plan_memory(
 ) -> MemoryPlan:
     on_cpu = device.platform == "cpu"
     fraction = wishes.memory_fraction
-    if fraction is not None and not 0 < fraction <= 1:
+    most = memory_limit(device, 1.0)
+    if wishes.cache_bytes is not None and wishes.cache_bytes > most:
         raise ConfigError(
-            f"gpu_memory_utilization={fraction} must be greater than 0 and at most 1. "
-            "Use 0.9 for nine tenths of the memory."
-        )
-    if wishes.cache_bytes is not None and wishes.cache_bytes < 1:
-        raise ConfigError(
-            f"kv_cache_memory_bytes={wishes.cache_bytes} must be at least 1. "
-            f"Use {CPU_CACHE} for one GiB, or leave it out."
+            f"kv_cache_memory_bytes={wishes.cache_bytes} is more than the {most} bytes of memory "
+            "that there are. Use fewer, or leave it out."
         )
     limit = memory_limit(
         device, fraction or DEFAULTS["cpu" if on_cpu else "gpu"]["memory_fraction"]

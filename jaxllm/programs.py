@@ -239,8 +239,10 @@ class ProgramCache:
         """Returns the compiled program; it accepts exactly the shapes it was built for."""
         if key not in self._programs:
             start = time.perf_counter()
-            self._programs[key] = self.builder.lower(key).compile()
+            program = self.builder.lower(key).compile()
+            # In this order: an interrupt between the two must not leave a program without a time.
             self.seconds[key] = time.perf_counter() - start
+            self._programs[key] = program
         return self._programs[key]
 
     def clear(self) -> None:

@@ -262,8 +262,9 @@ class Interrupts:
 
     def profile(self, frame, event, arg):
         code = frame.f_code
-        # What is raised in a generator that is being thrown away, Python ignores.
-        if code.co_filename.startswith(PACKAGE) and not code.co_flags & inspect.CO_GENERATOR:
+        # What is raised while an object or a generator is thrown away, Python ignores.
+        ignored = code.co_name == "__del__" or code.co_flags & inspect.CO_GENERATOR
+        if code.co_filename.startswith(PACKAGE) and not ignored:
             self.count += 1
             if self.count in self.at:
                 raise KeyboardInterrupt

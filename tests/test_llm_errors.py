@@ -268,6 +268,11 @@ def test_numpy_integers_are_integers(folder):
     assert (engine.max_model_len, engine.max_num_seqs) == (MAX_LEN, 2)
 
 
+def test_any_seed_makes_dummy_weights(folder):
+    for seed in (None, 1 << 70):
+        LLM(folder, skip_tokenizer_init=True, **SMALL, load_format="dummy", seed=seed).close()
+
+
 # What fails, and the numbers of its message that must work in its place.
 TOO_SMALL = [
     ({"cache_bytes": 1}, "No available memory for the cache blocks", ["kv_cache_memory_bytes"]),

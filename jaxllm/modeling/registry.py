@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 from transformers import AutoConfig, PreTrainedConfig
 
 from jaxllm.errors import CheckpointError, UnsupportedModelError, nearest
+from jaxllm.hub import CONFIG_ERRORS
 from jaxllm.modeling.config import ModelConfig
 from jaxllm.modeling.decoder import Decoder
 from jaxllm.modeling.weights import Weight
@@ -44,6 +45,7 @@ NEUTRAL_FIELDS = frozenset(
         "pad_token_id",
         "pretraining_tp",
         "problem_type",
+        "quantization_config",  # refused by `read_hf_config` unless it is null
         "return_dict",
         "torch_dtype",
         "transformers_version",
@@ -78,7 +80,8 @@ def read_hf_config(folder: Path) -> PreTrainedConfig:
 
     Raises:
         CheckpointError: There is no readable config.json.
-        UnsupportedModelError: transformers does not know the `model_type`.
+        UnsupportedModelError: transformers does not know the `model_type`, or refuses
+            a value; or the checkpoint is quantized.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -88,15 +91,18 @@ def read_hf_config(folder: Path) -> PreTrainedConfig:
             "such as 'Qwen/Qwen3-0.6B'."
         )
     stated = read_json(path)
-    if "quantization_config" in stated:
-        method = stated["quantization_config"].get("quant_method")
+    quantization = stated.get("quantization_config")
+    if quantization is not None:
+        method = quantization
+        if isinstance(quantization, dict):
+            method = quantization.get("quant_method")
         raise UnsupportedModelError(
             f"{str(folder)!r} is quantized (quant_method={method!r}), and jaxllm reads "
             "unquantized checkpoints only. Use the unquantized repository."
         )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except ValueError as error:
+    except CONFIG_ERRORS as error:
         raise UnsupportedModelError(
             f"config.json of {str(folder)!r} cannot be read: {error}"
         ) from error

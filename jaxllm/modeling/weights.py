@@ -111,7 +111,8 @@ class Checkpoint:
         sizes: dict[str, int] = {}
         for tensor in self.tensors.values():
             if tensor.dtype in FLOATS:
-                sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+                size = math.prod(tensor.shape) * np.dtype(DTYPES[tensor.dtype]).itemsize
+                sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + size
         return max(sizes, key=lambda name: sizes[name], default="F32")
 
 
@@ -141,11 +142,11 @@ def weight_files(folder: Path) -> list[Path]:
 def _indexed_files(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        strangers = [name for name in names if Path(name).name != name]
     except (KeyError, AttributeError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"{str(index)!r} is not a weight index ({error!r}). Download the file again."
         ) from error
-    strangers = [name for name in names if Path(name).name != name]
     if strangers:
         raise CheckpointError(
             f"{str(index)!r} points outside its folder: {strangers}. "
@@ -193,6 +194,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
 def _tensor(file: Path, name: str, entry: Mapping[str, Any], base: int, size: int) -> Tensor:
     dtype, shape = entry["dtype"], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
+    if any(not isinstance(n, int) or n < 0 for n in shape):
+        raise ValueError(f"{name!r} has the shape {list(shape)}")
     if dtype not in DTYPES:
         raise CheckpointError(
             f"{name!r} in {str(file)!r} has the element type {dtype}, which jaxllm does not read. "
@@ -310,12 +313,22 @@ def _wrong_shapes(source: Source, names: Sequence[str]) -> list[str]:
     problems = []
     for name, tensor, part in zip(names, source.tensors, part_shapes(source.leaf), strict=True):
         want = stored_shape(part, source.leaf.num_in)
-        have = source.transform(tensor.view()).shape if source.transform else tensor.shape
+        have = _shape(source, tensor)
         if have != want:
             problems.append(f"{name!r} has shape {list(have)} and the config asks for {list(want)}")
         if tensor.dtype not in FLOATS:
             problems.append(f"{name!r} has element type {tensor.dtype} and must be one of {FLOATS}")
     return problems
+
+
+def _shape(source: Source, tensor: Tensor) -> tuple[int, ...]:
+    """Returns a tensor's shape after the transform; as stored where that needs more axes."""
+    if source.transform is None:
+        return tensor.shape
+    try:
+        return source.transform(np.broadcast_to(np.int8(0), tensor.shape)).shape
+    except (ValueError, IndexError):  # of which NumPy's AxisError is both
+        return tensor.shape
 
 
 def load(sources: Sequence[Source], report: Callable[[int], object]) -> tuple[jax.Array, ...]:
@@ -329,15 +342,17 @@ def load(sources: Sequence[Source], report: Callable[[int], object]) -> tuple[ja
         The parameters, in the order of `sources`, on their devices.
     """
     params, waiting, in_flight = [], [], 0
+    # Never more than the largest parameter, which must fit beside the others anyway.
+    most = min(IN_FLIGHT, max(source.leaf.num_bytes for source in sources))
     for source in sources:
         leaf = source.leaf
+        if in_flight + leaf.num_bytes > most:
+            jax.block_until_ready(waiting)
+            waiting, in_flight = [], 0
         param = jax.make_array_from_callback(leaf.shape.shape, leaf.shape.sharding, source.read)
         params.append(param)
         waiting.append(param)
         in_flight += leaf.num_bytes
-        if in_flight > IN_FLIGHT:
-            jax.block_until_ready(waiting)
-            waiting, in_flight = [], 0
         report(leaf.num_bytes)
     jax.block_until_ready(waiting)
     return tuple(params)

@@ -4,6 +4,7 @@ from transformers import PreTrainedConfig
 
 from jaxllm.errors import UnsupportedModelError
 from jaxllm.modeling.config import RopeConfig
+from jaxllm.modeling.layers.mlp import ACTIVATIONS
 from jaxllm.modeling.layers.rope import KINDS
 
 # Keys of `rope_parameters`, by the field of RopeConfig they fill.
@@ -45,8 +46,24 @@ def rope_from_hf(hf: PreTrainedConfig) -> RopeConfig:
             f"rope_parameters has {unknown}, which jaxllm does not read; a model that needs "
             f"them would be silently wrong. It reads {sorted(ROPE_KEYS)}."
         )
+    if kind == "yarn" and "factor" not in given:
+        given["factor"] = hf.max_position_embeddings / given["original_max_position_embeddings"]
     fields = {ROPE_KEYS[key]: value for key, value in given.items()}
     return RopeConfig(kind=kind, **fields)
+
+
+def activation_from_hf(hf: PreTrainedConfig) -> str:
+    """Returns the activation of the feed-forward layers.
+
+    Raises:
+        UnsupportedModelError: It is not implemented.
+    """
+    if hf.hidden_act not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"config.json has hidden_act={hf.hidden_act!r}, which jaxllm does not implement. "
+            f"It has {sorted(ACTIVATIONS)}."
+        )
+    return hf.hidden_act
 
 
 def derived_max_position(hf: PreTrainedConfig) -> int:

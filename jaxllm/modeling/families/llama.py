@@ -4,7 +4,11 @@ from transformers import PreTrainedConfig
 
 from jaxllm.modeling.config import ModelConfig
 from jaxllm.modeling.decoder import Decoder
-from jaxllm.modeling.families.common import derived_max_position, rope_from_hf
+from jaxllm.modeling.families.common import (
+    activation_from_hf,
+    derived_max_position,
+    rope_from_hf,
+)
 from jaxllm.modeling.weights import Weight
 
 build = Decoder
@@ -64,7 +68,7 @@ def config_from_hf(hf: PreTrainedConfig) -> ModelConfig:
         head_dim=hf.head_dim or hf.hidden_size // hf.num_attention_heads,
         max_position=derived_max_position(hf),
         norm_eps=hf.rms_norm_eps,
-        activation=hf.hidden_act,
+        activation=activation_from_hf(hf),
         rope=rope_from_hf(hf),
         tie_embeddings=hf.tie_word_embeddings,
         qkv_bias=hf.attention_bias,
