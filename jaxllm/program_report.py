@@ -155,9 +155,15 @@ class ProgramReport:
 
 
 def report(compiled: jax.stages.Compiled) -> ProgramReport:
-    """Reads a compiled program."""
-    memory = compiled.memory_analysis()
-    module = Module(compiled.as_text())
+    """Reads a compiled program.
+
+    Raises:
+        ValueError: Its platform gives no HLO, or does not say what memory it takes.
+    """
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    if memory is None or text is None:
+        raise ValueError("This platform of JAX gives no HLO or no memory analysis to report on.")
+    module = Module(text)
     return ProgramReport(
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,

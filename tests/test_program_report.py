@@ -87,3 +87,15 @@ def test_collectives_are_counted_by_where_they_come_from():
     assert found.count("all-reduce", within="layer") == 1
     assert found.count("all-gather") == 0
     assert [c.num_bytes for c in found.collectives] == [8 * 16 * 4]
+
+
+def test_a_platform_that_says_nothing_is_refused():
+    class Silent:
+        def memory_analysis(self):
+            return None
+
+        def as_text(self):
+            return None
+
+    with pytest.raises(ValueError, match="gives no HLO or no memory analysis"):
+        report(Silent())

@@ -63,12 +63,14 @@ CUBLAS = (("xla_gpu_enable_triton_gemm", False),)
 
 
 @functools.cache
-def builder(num_devices: int = 1, num_layers: int = CONFIG.num_layers) -> ProgramBuilder:
+def builder(
+    num_devices: int = 1, num_layers: int = CONFIG.num_layers, engine: EngineConfig = ENGINE
+) -> ProgramBuilder:
     layout = preset("replicated") if num_devices == 1 else preset("tensor", tensor=num_devices)
     sharder = Sharder(layout, make_mesh(layout, gpu_devices("h200", num_devices)))
     config = dataclasses.replace(CONFIG, num_layers=num_layers)
-    model = abstract_model(config, Decoder, ENGINE.dtype, sharder)
-    return ProgramBuilder(model, ENGINE, sharder, NUM_PAGES)
+    model = abstract_model(config, Decoder, engine.dtype, sharder)
+    return ProgramBuilder(model, engine, sharder, NUM_PAGES)
 
 
 @functools.cache
@@ -77,9 +79,10 @@ def compiled(
     *,
     num_devices: int = 1,
     num_layers: int = CONFIG.num_layers,
+    engine: EngineConfig = ENGINE,
     options: tuple = (),
 ) -> ProgramReport:
-    lowered = builder(num_devices, num_layers).lower(key)
+    lowered = builder(num_devices, num_layers, engine).lower(key)
     return report(lowered.compile(compiler_options=dict(options)))
 
 
@@ -107,6 +110,17 @@ def test_neither_a_weight_nor_the_cache_is_copied_in_any_form(key):
 @EVERY
 def test_the_bound_covers_the_temporaries(key):
     assert compiled(key).temp_bytes <= temp_bound(CONFIG, ENGINE, [key.bucket])
+
+
+def test_the_bound_for_the_longest_context_covers_it_and_is_no_waste():
+    long = EngineConfig(
+        max_model_len=131072, max_num_seqs=256, max_num_batched_tokens=8192, dtype="bfloat16"
+    )
+    bucket = Buckets(long).largest()[1]
+
+    temp = compiled(ProgramKey(bucket), engine=long).temp_bytes
+
+    assert temp <= temp_bound(CONFIG, long, [bucket]) <= 5 * temp
 
 
 @pytest.mark.parametrize("key", [DECODE, MIXED], ids=str)

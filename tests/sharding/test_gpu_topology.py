@@ -1,10 +1,13 @@
 import pytest
+from jax.experimental import topologies
 
 from jaxllm.errors import ConfigError
 from jaxllm.sharding import gpu_topology
-from jaxllm.sharding.gpu_topology import CARDS, gpu_devices, target_config
+from jaxllm.sharding.gpu_topology import CARDS, gpu_devices, is_installed, target_config
 from jaxllm.sharding.layouts import preset
 from jaxllm.sharding.mesh import make_mesh
+
+aot = pytest.mark.skipif(not is_installed(), reason="needs the CUDA plugin of JAX: extra `aot`")
 
 
 def test_an_unknown_card_is_refused_with_the_list():
@@ -30,11 +33,21 @@ def test_only_cards_from_hopper_on_get_instructions_of_one_architecture():
     assert accelerated == ["h100", "h200", "b200"]
 
 
+def test_a_plugin_that_did_not_load_is_explained(monkeypatch):
+    def no_topology(*args, **kwargs):  # what JAX does where it finds no driver
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", no_topology)
+    monkeypatch.setattr(gpu_topology, "is_installed", lambda: True)
+
+    with pytest.raises(ConfigError, match=r"did not load.*JAX_PLATFORMS=cpu"):
+        gpu_devices("h200")
+
+
+@aot
 @pytest.mark.aot
 @pytest.mark.parametrize("card", CARDS)
 def test_devices_are_those_of_the_card(card):
-    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the `aot` extra")
-
     devices = gpu_devices(card, 2)
 
     assert [device.platform for device in devices] == ["gpu", "gpu"]
@@ -42,10 +55,9 @@ def test_devices_are_those_of_the_card(card):
     assert devices[0].compute_capability == ".".join(map(str, CARDS[card].capability))
 
 
+@aot
 @pytest.mark.aot
 def test_a_mesh_is_made_of_them():
-    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the `aot` extra")
-
     mesh = make_mesh(preset("tensor", tensor=8), gpu_devices("h200", 8))
 
     assert dict(mesh.shape) == {"data": 1, "tensor": 8, "expert": 1}
