@@ -11,6 +11,9 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+SETTING = "jax_compilation_cache_dir"
+"""JAX's own name for it; None where nobody has set it."""
+
 
 def cache_root() -> Path:
     """Returns the folder for everything jaxllm keeps between runs."""
@@ -22,11 +25,13 @@ def cache_root() -> Path:
 
 def enable() -> str:
     """Turns the cache on, unless it is on already; returns its folder."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
+    folder = getattr(jax.config, SETTING)
+    if folder is None:
+        folder = str(cache_root() / "xla")
+        jax.config.update(SETTING, folder)
         # Small programs count too: a model has dozens, and each costs a second or more.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         # JAX decides at its first compilation, which may lie behind us.
         compilation_cache.reset_cache()
-    return jax.config.jax_compilation_cache_dir
+    return folder
