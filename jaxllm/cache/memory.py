@@ -61,24 +61,26 @@ def temp_bound(config: ModelConfig, engine: EngineConfig, buckets: Sequence[Buck
     """Returns at least the temporary bytes of every program up to these buckets.
 
     Per token: the residual stream, the widest of qkv and gate/up, in the model's
-    dtype and in float32. Per row that samples: three copies of its logits. For
-    attention: gathered keys and values, and scores in float32, three times.
+    dtype and in float32. Per row that samples: copies of its logits. For attention,
+    which does chunks and decodes one after the other: gathered keys and values and
+    their masked copy, and scores in float32, of one query block or one group of rows.
     """
     size = 2 if engine.dtype in ("bfloat16", "float16") else 4
     head_width = config.num_heads * config.head_dim
-    qkv_width = head_width + 2 * config.num_kv_heads * config.head_dim
-    widest = max(2 * config.mlp_dim, qkv_width + 2 * head_width)
+    kv_width = config.num_kv_heads * config.head_dim
+    widest = max(2 * config.mlp_dim, 3 * head_width + 2 * kv_width)
     gathered = max(tuning.gather_bytes for tuning in TUNING.values())
     most = 0
     for bucket in buckets:
-        per_token = (6 * config.embed_dim + 3 * widest + 4 * head_width) * (size + 4)
-        logits = 4 * bucket.rows * config.vocab_size * 4
         keys = bucket.width * engine.page_size
-        key_bytes = keys * config.num_kv_heads * config.head_dim * (size + 4)
-        block = engine.block_q * config.num_heads * keys * 4 * 3 + 4 * key_bytes
-        rows = 4 * max(gathered, 2 * key_bytes) + 3 * bucket.rows * config.num_heads * keys * 4
-        total = bucket.tokens * per_token + logits + block + rows
-        most = max(most, total)
+        group = max(1, min(bucket.rows, gathered // (keys * kv_width * size)))
+        key_bytes = keys * kv_width * (size + 4)
+        scores = keys * config.num_heads * 4
+        tokens = bucket.tokens * (4 * config.embed_dim + 2 * widest + 2 * head_width) * (size + 4)
+        logits = 4 * bucket.rows * config.vocab_size * 4
+        block = 3 * key_bytes + 3 * engine.block_q * scores
+        rows = 3 * group * (key_bytes + scores)
+        most = max(most, tokens + logits + max(block, rows))
     return most + FIXED_TEMP
 
 

@@ -16,10 +16,12 @@ product is not.
 """
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxllm.errors import ConfigError, nearest
 
@@ -188,6 +190,29 @@ def gpu_devices(card: str, count: int = 1) -> list[jax.Device]:
             "Start Python with JAX_PLATFORMS=cpu in its environment."
         ) from error
     return list(topology.devices)
+
+
+def compile_only(
+    lowered: jax.stages.Lowered, options: Mapping[str, str | bool] | None = None
+) -> jax.stages.Compiled:
+    """Compiles a program that was lowered for devices of `gpu_devices`.
+
+    JAX's persistent cache is off meanwhile: it stores such a program, but cannot
+    read it again and warns each time.
+
+    Args:
+        lowered: The program.
+        options: Of XLA, such as `{"xla_gpu_enable_triton_gemm": False}`.
+    """
+    name = "jax_enable_compilation_cache"
+    enabled = getattr(jax.config, name)
+    jax.config.update(name, False)
+    compilation_cache.reset_cache()  # which had decided at the first compilation
+    try:
+        return lowered.compile(compiler_options=dict(options) if options else None)
+    finally:
+        jax.config.update(name, enabled)
+        compilation_cache.reset_cache()
 
 
 def is_installed() -> bool:

@@ -1,9 +1,18 @@
+import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 from jaxllm.errors import ConfigError
 from jaxllm.sharding import gpu_topology
-from jaxllm.sharding.gpu_topology import CARDS, gpu_devices, is_installed, target_config
+from jaxllm.sharding.gpu_topology import (
+    CARDS,
+    compile_only,
+    gpu_devices,
+    is_installed,
+    target_config,
+)
 from jaxllm.sharding.layouts import preset
 from jaxllm.sharding.mesh import make_mesh
 
@@ -61,3 +70,21 @@ def test_a_mesh_is_made_of_them():
     mesh = make_mesh(preset("tensor", tensor=8), gpu_devices("h200", 8))
 
     assert dict(mesh.shape) == {"data": 1, "tensor": 8, "expert": 1}
+
+
+@aot
+@pytest.mark.aot
+def test_programs_stay_out_of_the_persistent_cache(tmp_path):
+    folder = jax.config.jax_compilation_cache_dir
+    there = SingleDeviceSharding(gpu_devices("h200")[0])
+    shape = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=there)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+
+    try:
+        for _ in range(2):  # reading it back would warn
+            compile_only(jax.jit(jnp.sin).lower(shape))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+    assert list(tmp_path.iterdir()) == []
+    assert jax.config.jax_enable_compilation_cache

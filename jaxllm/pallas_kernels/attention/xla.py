@@ -135,7 +135,7 @@ def attend_blocks(
         spec: The layer's constants.
 
     Returns:
-        [T, H, D]; zeros where no block is.
+        [T, H, D]; what no block covers is left as it was in `q`.
     """
     blocks = step.blocks
     if blocks is None:
@@ -166,7 +166,8 @@ def attend_blocks(
         return jax.lax.dynamic_update_slice_in_dim(out, attended, start, axis=0)
 
     trips = blocks.count if step.tuning.dynamic_trips else blocks.rows.shape[0]
-    out = jax.lax.fori_loop(0, trips, attend_one, jnp.zeros_like(q_padded))
+    # Not zeros to begin with: XLA would make those of all layers at once, and keep them.
+    out = jax.lax.fori_loop(0, trips, attend_one, q_padded)
     return out[:num_tokens]
 
 
