@@ -1,5 +1,10 @@
 """LLM inference in JAX: vLLM's offline API, in your own process."""
 
+import os
+
+# transformers reads configs and tokenizers here; that it finds no PyTorch is no news.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 from jaxllm.errors import (
     CheckpointError,
     ConfigError,

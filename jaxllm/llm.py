@@ -161,7 +161,8 @@ class LLM(metaclass=ExplainsKeywords):
         Args:
             prompts: Text, or token ids, which are used as they are; a dict with
                 `prompt` or `prompt_token_ids`; or a list of these.
-            sampling_params: One for all prompts, or one for each.
+            sampling_params: One for all prompts, or one for each; by default
+                `SamplingParams()`: temperature 1, 16 tokens.
             use_tqdm: Whether to show progress, or what to call in place of `tqdm`.
 
         Returns:
