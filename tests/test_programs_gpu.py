@@ -195,3 +195,9 @@ def test_tensor_parallel_devices_hold_a_share_of_weights_and_cache():
 
     assert found.alias_bytes == bytes_of_a_device(held.state_shapes())
     assert found.argument_bytes < bytes_of_a_device(held.model.shapes) * 1.01 + found.alias_bytes
+
+
+def test_layers_of_a_tensor_parallel_model_send_16_bits_a_number():
+    reduced = [c for c in compiled(MIXED, num_devices=8).collectives if c.opcode == "all-reduce"]
+
+    assert {array.dtype for c in reduced for array in c.arrays} == {"bf16"}

@@ -29,17 +29,16 @@ def abstract_caches(
         specs: One a layer.
         num_pages: Pages in the pool, the trash page included (P).
         page_size: Slots in a page (S).
-        dtype: Of the stored keys and values.
+        dtype: Of the keys and values.
         sharder: The layout on its mesh.
     """
-    order = tuning_for(sharder.mesh.devices.flat[0].platform).order
+    tuning = tuning_for(sharder.mesh.devices.flat[0].platform)
+    order, stored = tuning.order, tuning.stored(dtype)
     sharding = sharder.sharding(*(AXIS_NAMES[axis] for axis in order))
 
     def pages(spec: CacheSpec) -> jax.ShapeDtypeStruct:
         sizes = {"P": num_pages, "S": page_size, "K": spec.num_kv_heads, "D": spec.head_dim}
-        return jax.ShapeDtypeStruct(
-            tuple(sizes[axis] for axis in order), jnp.dtype(dtype), sharding=sharding
-        )
+        return jax.ShapeDtypeStruct(tuple(sizes[axis] for axis in order), stored, sharding=sharding)
 
     return cast("Caches", tuple((pages(spec), pages(spec)) for spec in specs))
 

@@ -1,5 +1,6 @@
 """`temp_bound` against what XLA:CPU reports. For a GPU: tests/test_programs_gpu.py."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -88,3 +89,16 @@ def test_no_weight_is_copied_to_multiply_with_it(key):
     found = report(builder("grouped").lower(key).compile())
 
     assert found.rewritten(at_least=1 << 16) == []
+
+
+def test_a_cache_of_16_bit_floats_is_written_in_place():
+    # XLA:CPU has no scatter of them: as floats, the whole cache became float32 and back.
+    engine = dataclasses.replace(ENGINE, dtype="bfloat16")
+    on_cpu = sharder()
+    model = abstract_model(CONFIGS["grouped"], Decoder, engine.dtype, on_cpu)
+    key = KEYS[0]
+
+    found = report(ProgramBuilder(model, engine, on_cpu, num_pages=600).lower(key).compile())
+
+    assert found.rewritten(at_least=1 << 16) == []
+    assert found.temp_bytes <= temp_bound(CONFIGS["grouped"], engine, [key.bucket]) - FIXED_TEMP

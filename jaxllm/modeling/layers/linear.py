@@ -22,29 +22,42 @@ def normal_init(key: jax.Array, shape: tuple[int, ...], fan_in: int, dtype: DTyp
     return (jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype)
 
 
-def contract(x: jax.Array, weight: jax.Array, num_in: int = 1) -> jax.Array:
-    """Multiplies the last `num_in` axes of `x` with those of `weight`, in float32.
+def contract(
+    x: jax.Array, weight: jax.Array, num_in: int = 1, dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+    """Multiplies the last `num_in` axes of `x` with those of `weight`.
 
-    A bfloat16 product is accumulated and returned in float32: that is the form
-    that XLA:CPU runs fast, and the caller rounds once. float32 means float32: no
-    TF32 on a GPU.
+    Sums are float32 and rounded once; between devices, partial sums are added in
+    `dtype`. float32 means float32: no TF32 on a GPU.
 
     Args:
         x: [..., *in].
         weight: [*out, *in], of the dtype of `x`.
         num_in: How many axes are contracted.
+        dtype: Of the result.
 
     Returns:
-        float32 [..., *out].
+        [..., *out].
     """
     lead, out = x.shape[: x.ndim - num_in], weight.shape[: weight.ndim - num_in]
-    matrix = weight.reshape(math.prod(out), -1)  # [N, K]; only splits or joins whole axes
-    y = jax.lax.dot_general(
+    precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+
+    def product(x: jax.Array, matrix: jax.Array, dtype: DTypeLike) -> jax.Array:
+        return jax.lax.dot_general(
+            x,
+            matrix,
+            (((len(lead),), (1,)), ((), ())),
+            precision=precision,
+            preferred_element_type=dtype,
+        )
+
+    # XLA:CPU is fast with float32 results only. cuBLASLt rounds as it writes: asked for
+    # float32 it writes twice the bytes, and an all-reduce sends twice as many.
+    y = jax.lax.platform_dependent(
         x.reshape(*lead, -1),
-        matrix,
-        (((len(lead),), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
+        weight.reshape(math.prod(out), -1),  # [N, K]; only splits or joins whole axes
+        cpu=lambda x, matrix: product(x, matrix, jnp.float32).astype(dtype),
+        default=lambda x, matrix: product(x, matrix, dtype),
     )
     return y.reshape(*lead, *out)
 
@@ -95,7 +108,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., *in] -> [..., *out], of the dtype of `x`."""
+        if self.bias is None:
+            return contract(x, self.weight[...], self.num_in, x.dtype)
         y = contract(x, self.weight[...], self.num_in)
-        if self.bias is not None:
-            y = y + jnp.broadcast_to(self.bias[...].astype(jnp.float32), y.shape)
+        y = y + jnp.broadcast_to(self.bias[...].astype(jnp.float32), y.shape)
         return y.astype(x.dtype)

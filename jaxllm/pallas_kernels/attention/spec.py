@@ -5,6 +5,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 LayerCache = tuple[jax.Array, ...] | None
 """What one layer keeps: (K pages, V pages); None in a cacheless forward."""
@@ -58,12 +59,23 @@ class Tuning:
     upcast: bool
     """Whether 16-bit operands become float32 before a product."""
 
+    as_bits: bool = False
+    """Whether 16-bit floats are stored as uint16, bit for bit."""
+
+    def stored(self, dtype: DTypeLike) -> jnp.dtype:
+        """Returns the type of a cache that holds keys and values of a type."""
+        dtype = jnp.dtype(dtype)
+        return jnp.dtype(jnp.uint16) if self.as_bits and dtype.itemsize == 2 else dtype
+
 
 TUNING = {
     # KPSD: gathered pages are the operand of a batched matrix product as they lie.
     # A group's keys stay in a core's own cache: 64 rows x 512 keys at once took 4x as long.
     # XLA:CPU has no batched product of bfloat16 into float32 in some shapes.
-    "cpu": Tuning(order="KPSD", gather_bytes=1 << 19, dynamic_trips=True, upcast=True),
+    # Nor a scatter of 16-bit floats: the cache would become float32 and back in every step.
+    "cpu": Tuning(
+        order="KPSD", gather_bytes=1 << 19, dynamic_trips=True, upcast=True, as_bits=True
+    ),
     # PSKD: a token's heads are one contiguous row, written at once. A loop whose end is
     # data would make the host wait in each iteration, so unused blocks are run too.
     "gpu": Tuning(order="PSKD", gather_bytes=64 << 20, dynamic_trips=False, upcast=False),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxllm.pallas_kernels.attention.spec import MASKED, AttentionSpec, Tuning, capped, product
 
@@ -32,7 +33,8 @@ def write(pages: jax.Array, new: jax.Array, slots: jax.Array, order: str) -> jax
         order: Of `Tuning`.
     """
     shape = pages.shape
-    new = new.astype(pages.dtype)
+    if new.dtype != pages.dtype:  # `Tuning.as_bits`
+        new = jax.lax.bitcast_convert_type(new, pages.dtype)
     if order == "PSKD":
         flat = pages.reshape(shape[0] * shape[1], *shape[2:])
         return flat.at[slots].set(new, mode="promise_in_bounds").reshape(shape)
@@ -41,14 +43,15 @@ def write(pages: jax.Array, new: jax.Array, slots: jax.Array, order: str) -> jax
     return flat.at[:, slots].set(by_head, mode="promise_in_bounds").reshape(shape)
 
 
-def gather(pages: jax.Array, table: jax.Array, order: str) -> jax.Array:
+def gather(pages: jax.Array, table: jax.Array, order: str, dtype: DTypeLike) -> jax.Array:
     """Returns the slots of the pages in `table` [*, M], letters as in `LETTERS`."""
     lead = table.shape[:-1]
     axis = order.index("P")
     found = jnp.take(pages, table, axis=axis, mode="clip")  # M and S stand side by side
     sizes = found.shape
     at = axis + len(lead)
-    return found.reshape(*sizes[:at], sizes[at] * sizes[at + 1], *sizes[at + 2 :])
+    found = found.reshape(*sizes[:at], sizes[at] * sizes[at + 1], *sizes[at + 2 :])
+    return found if found.dtype == dtype else jax.lax.bitcast_convert_type(found, dtype)
 
 
 def _visible(keys: jax.Array, queries: jax.Array, length: jax.Array, window: int | None):  # noqa: ANN202
@@ -75,19 +78,23 @@ def attend_rows(
     row_bytes = (
         step.page_table.shape[1] * pages[0].nbytes // pages[0].shape[step.tuning.order.index("P")]
     )
-    num_groups = 1
-    while num_rows * row_bytes > step.tuning.gather_bytes * num_groups and num_groups < num_rows:
-        num_groups *= 2  # B is a power of two
+    size = num_rows
+    while size % 2 == 0 and size * row_bytes > step.tuning.gather_bytes:
+        size //= 2
 
-    def attend_group(group: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return _attend_rows(*group, pages, step.tuning, spec)
+    def attend_group(i: jax.Array, out: jax.Array) -> jax.Array:
+        # Results take the place of their queries; what `map` stacks them in would be made
+        # for all layers at once.
+        queries, table, lens = (
+            jax.lax.dynamic_slice_in_dim(x, i * size, size)
+            for x in (out, step.page_table, step.kv_lens)
+        )
+        attended = _attend_rows(queries, table, lens, pages, step.tuning, spec)
+        return jax.lax.dynamic_update_slice_in_dim(out, attended, i * size, axis=0)
 
-    operands = (q, step.page_table, step.kv_lens)
-    if num_groups == 1:
-        return attend_group(operands)
-    size = num_rows // num_groups
-    grouped = jax.tree.map(lambda x: x.reshape(num_groups, size, *x.shape[1:]), operands)
-    return jax.lax.map(attend_group, grouped).reshape(q.shape)
+    if size == num_rows:
+        return _attend_rows(q, step.page_table, step.kv_lens, pages, step.tuning, spec)
+    return jax.lax.fori_loop(0, num_rows // size, attend_group, q)
 
 
 def _attend_rows(
@@ -100,7 +107,7 @@ def _attend_rows(
 ) -> jax.Array:
     """Attention of a group of rows whose keys are gathered together."""
     kv, score, _ = LETTERS[tuning.order]
-    keys, values = (gather(p, page_table, tuning.order) for p in pages)
+    keys, values = (gather(p, page_table, tuning.order, q.dtype) for p in pages)
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = pages[0].shape[tuning.order.index("K")]
     grouped = q.reshape(num_rows, num_kv_heads, -1, head_dim)  # [B, K, G, D]
@@ -151,7 +158,7 @@ def attend_blocks(
         row, start = blocks.rows[i], blocks.starts[i]
         query = jax.lax.dynamic_slice_in_dim(q_padded, start, step.block_q)
         query_at = jax.lax.dynamic_slice_in_dim(positions, start, step.block_q)[:, None]
-        keys, values = (gather(p, step.page_table[row], step.tuning.order) for p in pages)
+        keys, values = (gather(p, step.page_table[row], step.tuning.order, q.dtype) for p in pages)
         grouped = query.reshape(step.block_q, num_kv_heads, -1, head_dim)
         scores = product(f"qkgd,{kv}->kgqc", grouped, keys, upcast=step.tuning.upcast)
         scores = capped(scores * spec.scale, spec.softcap)
