@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from jaxllm.errors import RequestError
 from jaxllm.sampling_params import as_integer
 
@@ -18,6 +20,19 @@ class Prompt:
 
 
 KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+
+_TEXT_ONLY = "this model reads text only. Leave it out."
+_INSTEAD = "Pass 'prompt' or 'prompt_token_ids'."
+_DECODER_ONLY = f"Cannot pass encoder-decoder prompt to decoder-only models. {_INSTEAD}"
+REFUSED = {
+    "encoder_prompt": _DECODER_ONLY,
+    "decoder_prompt": _DECODER_ONLY,
+    "multi_modal_data": _TEXT_ONLY,
+    "multi_modal_uuids": _TEXT_ONLY,
+    "mm_processor_kwargs": _TEXT_ONLY,
+    "prompt_embeds": f"embeddings as prompts are not implemented. {_INSTEAD}",
+}
+"""Keys of vLLM that jaxllm cannot serve, and why; with None for a value they are let be."""
 
 
 def parse_prompts(prompts: Any) -> list[Prompt]:
@@ -37,6 +52,8 @@ def parse_prompts(prompts: Any) -> list[Prompt]:
 
 
 def _is_token_ids(prompt: Any) -> bool:
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim == 1 and prompt.size > 0 and np.issubdtype(prompt.dtype, np.integer)
     if isinstance(prompt, (str, bytes, bytearray)) or not isinstance(prompt, Sequence):
         return False
     return len(prompt) > 0 and all(as_integer(token) is not None for token in prompt)
@@ -49,7 +66,8 @@ def _parse(prompt: Any, where: str) -> Prompt:
         return Prompt(None, [int(token) for token in prompt])
     if isinstance(prompt, Mapping):
         return _parse_mapping(prompt, where)
-    if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
+    is_array = isinstance(prompt, np.ndarray) and prompt.ndim > 0
+    if is_array or (isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray))):
         what = "is empty" if not len(prompt) else "holds something that is no integer"
         raise RequestError(f"Token prompt should be a list of integers: {where} {what}.")
     raise RequestError(
@@ -59,7 +77,10 @@ def _parse(prompt: Any, where: str) -> Prompt:
 
 
 def _parse_mapping(prompt: Mapping[str, Any], where: str) -> Prompt:
-    unknown = sorted(set(prompt) - set(KEYS), key=str)
+    for key, why in REFUSED.items():
+        if prompt.get(key) is not None:
+            raise RequestError(f"{where} has {key!r}: {why}")
+    unknown = sorted(set(prompt) - set(KEYS) - set(REFUSED), key=str)
     if unknown:
         raise RequestError(f"{where} has the keys {unknown}; jaxllm reads {list(KEYS)}.")
     text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")

@@ -42,7 +42,7 @@ def test_a_list_may_mix_all_kinds():
     assert prompts == [Prompt("a", None), Prompt(None, [1, 2]), Prompt("b", None)]
 
 
-@pytest.mark.parametrize("given", [None, 5, 1.5, {1, 2}, np.array([1, 2]), iter(["a"])])
+@pytest.mark.parametrize("given", [None, 5, 1.5, {1, 2}, np.array([[1, 2]]), iter(["a"])])
 def test_what_is_no_prompt_and_no_list_is_refused(given):
     name = type(given).__name__
 
@@ -58,12 +58,29 @@ def test_what_is_no_prompt_in_a_list_is_refused_by_its_place(strange):
         parse_prompts(["a", strange])
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_arrays_in_a_list_are_refused_by_their_place(size):
-    arrays = [np.arange(size), np.arange(size)]
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16, np.int64])
+def test_integer_arrays_are_token_prompts(dtype):
+    array = np.arange(3, dtype=dtype)
 
-    with pytest.raises(RequestError, match=r"or dictionary; prompts\[0\] is ndarray\."):
-        parse_prompts(arrays)
+    (alone,) = parse_prompts(array)
+    in_a_list = parse_prompts([array, {"prompt_token_ids": array}])
+
+    assert [alone, *in_a_list] == [Prompt(None, [0, 1, 2])] * 3
+    assert type(alone.token_ids[0]) is int
+
+
+@pytest.mark.parametrize(
+    ("array", "what"),
+    [
+        (np.array([1.5]), "holds something that is no integer"),
+        (np.array([True]), "holds something that is no integer"),
+        (np.array([[1, 2]]), "holds something that is no integer"),
+        (np.array([], int), "is empty"),
+    ],
+)
+def test_other_arrays_in_a_list_are_refused_by_their_place(array, what):
+    with pytest.raises(RequestError, match=rf"list of integers: prompts\[0\] {what}\."):
+        parse_prompts([array])
 
 
 def test_a_float_in_an_array_is_no_token():
@@ -93,10 +110,10 @@ def test_tokens_that_are_no_integers_are_refused(tokens):
 def test_unknown_keys_are_refused_and_the_known_ones_named():
     with pytest.raises(
         RequestError,
-        match=r"prompts\[0\] has the keys \['multi_modal_data', 'promt'\]; "
+        match=r"prompts\[0\] has the keys \['promt', 'prumpt'\]; "
         r"jaxllm reads \['prompt', 'prompt_token_ids', 'cache_salt'\]\.",
     ):
-        parse_prompts([{"promt": "a", "multi_modal_data": None}])
+        parse_prompts([{"prumpt": "a", "promt": "a", "multi_modal_data": None}])
 
 
 def test_unknown_keys_that_are_no_text_are_refused_too():
@@ -134,3 +151,21 @@ def test_a_salt_that_is_no_text_is_refused(salt):
         RequestError, match=rf"cache_salt of the prompt must be a non-empty string, got {salt!r}\."
     ):
         parse_prompts({"prompt": "a", "cache_salt": salt})
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("multi_modal_data", "this model reads text only. Leave it out"),
+        ("multi_modal_uuids", "this model reads text only. Leave it out"),
+        ("mm_processor_kwargs", "this model reads text only. Leave it out"),
+        ("prompt_embeds", "embeddings as prompts are not implemented. Pass 'prompt' or"),
+        ("encoder_prompt", "Cannot pass encoder-decoder prompt to decoder-only models. Pass"),
+        ("decoder_prompt", "Cannot pass encoder-decoder prompt to decoder-only models. Pass"),
+    ],
+)
+def test_what_the_models_cannot_read_is_refused_unless_it_is_nothing(key, message):
+    with pytest.raises(RequestError, match=rf"prompts\[1\] has '{key}': {message}"):
+        parse_prompts(["a", {"prompt": "a", key: np.zeros((2, 2))}])
+
+    assert parse_prompts({"prompt": "a", key: None}) == [Prompt("a", None)]
