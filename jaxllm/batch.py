@@ -9,10 +9,19 @@ import numpy as np
 
 from jaxllm.buckets import Bucket
 from jaxllm.config import EngineConfig
+from jaxllm.flags import SamplingFlags
 from jaxllm.inputs import MAX_STOP_IDS, fields, pack
-from jaxllm.sequence import PlannedRow, StepPlan
+from jaxllm.sequence import PlannedRow, Sequence, StepPlan
 
 MASK32 = 0xFFFFFFFF
+
+NEUTRAL = {
+    "top_k": np.iinfo(np.int32).max,
+    "top_p": 1,
+    "repetition_penalty": 1,
+    "mask": MASK32,
+}
+"""What changes nothing, where that is not 0: for padding, and for rows that ask for nothing."""
 
 
 def slots(pages: np.ndarray, start: int, stop: int, page_size: int) -> np.ndarray:
@@ -31,19 +40,30 @@ def slots(pages: np.ndarray, start: int, stop: int, page_size: int) -> np.ndarra
     return pages[positions // page_size] * page_size + positions % page_size
 
 
-def pack_plan(plan: StepPlan, bucket: Bucket, config: EngineConfig) -> np.ndarray:
+def pack_plan(
+    plan: StepPlan, bucket: Bucket, flags: SamplingFlags, config: EngineConfig
+) -> np.ndarray:
     """Returns the packed inputs of one step; `inputs.fields` says what is in them."""
-    values = {name: np.zeros(shape, dtype) for name, (shape, dtype) in fields(bucket).items()}
+    values = {
+        name: np.zeros(shape, dtype) for name, (shape, dtype) in fields(bucket, flags).items()
+    }
     values["rows"][:] = config.max_num_seqs
     values["stop_ids"][:] = -1
     values["num_decodes"] += plan.num_decodes
+    for name, neutral in NEUTRAL.items():
+        if name in values:
+            values[name][:] = neutral
     at = 0
     for i, row in enumerate(plan.rows):
         _fill_row(values, i, row, plan, config)
+        if row.samples:
+            _fill_sampling(values, i, row.seq)
+        if len(row.scored()) and "scored" in values:
+            _fill_scored(values, row, at)
         at = _fill_tokens(values, i, row, at, config)
     if not bucket.is_decode:
         _fill_blocks(values, plan, config.block_q, bucket.tokens)
-    return pack(bucket, values)
+    return pack(bucket, flags, values)
 
 
 def _fill_row(
@@ -57,11 +77,46 @@ def _fill_row(
     values["page_table"][0, i, : len(pages)] = pages
     values["kv_lens"][i] = seq.num_computed + row.num_tokens
     if row.samples:
-        values["temperature"][i] = seq.params.temperature
-        values["seeds"][i] = (seq.seed & MASK32, seq.seed >> 32 & MASK32)
         values["limits"][i] = min(plan.lookahead, seq.remaining(config.max_model_len))
         stop_ids = seq.stop_ids()[:MAX_STOP_IDS]
         values["stop_ids"][i, : len(stop_ids)] = stop_ids
+
+
+def _fill_sampling(values: dict[str, np.ndarray], i: int, seq: Sequence) -> None:
+    """How a row's token is chosen."""
+    params, rules = seq.params, seq.rules
+    values["temperature"][i] = params.temperature
+    values["seeds"][i] = (seq.seed & MASK32, seq.seed >> 32 & MASK32)
+    for name in ("min_p", "top_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
+        if name in values:
+            values[name][i] = getattr(params, name)
+    if "top_k" in values and params.top_k:
+        values["top_k"][i] = params.top_k
+    if "edit_ids" in values:
+        ids, added, until = rules.edits(seq.output_token_ids)
+        values["edit_ids"][i, : len(ids)] = ids
+        values["edit_values"][i, : len(ids)] = added
+        values["edit_until"][i, : len(ids)] = until
+    if "mask" in values and rules.mask_words:
+        mask = rules.mask(seq.tokens(0, seq.num_tokens))
+        if mask is not None:
+            values["mask"][i] = mask
+    if "logprob_ids" in values:
+        ids = params.logprob_token_ids or ()
+        values["logprob_ids"][i, : len(ids)] = ids
+
+
+def _fill_scored(values: dict[str, np.ndarray], row: PlannedRow, at: int) -> None:
+    """Adds a row's tokens whose successors are scored; its tokens begin at `at`."""
+    scoring, positions = row.seq.scoring, row.scored()
+    if scoring is None:
+        return
+    begin = int(values["num_scored"])
+    end = begin + len(positions)
+    first = at + positions.start - row.seq.num_computed
+    values["scored"][begin:end] = np.arange(first, first + len(positions))
+    values["targets"][begin:end] = scoring.targets[positions.start : positions.stop]
+    values["num_scored"] += len(positions)
 
 
 def _fill_tokens(

@@ -18,10 +18,6 @@ TOKENS = (16, 64, 128, 256, 512)
 MIN_WIDTH = 8
 """Pages of the narrowest page table."""
 
-LOGPROBS = (0, 1, 5, 20)
-"""Alternatives that a program returns; more: the exact number."""
-
-
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
     """The shapes of one program."""
@@ -99,10 +95,3 @@ class Buckets:
         rows, width = self.rows[-1], self.widths[-1]
         mixed = self.mixed(self.tokens[-1], self.mixed_rows[-1], width, with_decodes=True)
         return self.decode(rows, width), mixed
-
-
-def logprobs_bucket(most: int | None) -> int | None:
-    """Returns how many alternatives a program must return for a request that asks `most`."""
-    if most is None:
-        return None
-    return next((size for size in LOGPROBS if size >= most), most)

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from jaxllm.errors import ConfigError
 
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
+"""Of the model's own distribution, or of the one that was sampled from; or their logits."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
@@ -37,6 +40,9 @@ class EngineConfig:
     max_logprobs: int = 20
     """Most alternatives a request may ask for at each position."""
 
+    logprobs_mode: str = "raw_logprobs"
+    """One of `LOGPROBS_MODES`: what is returned as the log-probability of a sampled token."""
+
     block_q: int = 64
     """Tokens in a query block of a prefill chunk."""
 
@@ -45,6 +51,10 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_q"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.logprobs_mode not in LOGPROBS_MODES:
+            raise ConfigError(
+                f"logprobs_mode={self.logprobs_mode!r} is not one of {list(LOGPROBS_MODES)}."
+            )
         if self.page_size < 1 or self.page_size & (self.page_size - 1):
             raise ConfigError(
                 f"block_size={self.page_size} is not a power of two. Use 16, or 8, 32, 64."

@@ -5,19 +5,22 @@ schedule -> pack -> run -> update; there is no other loop.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence as Several
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 
 from jaxllm.batch import pack_plan
-from jaxllm.buckets import Buckets, logprobs_bucket
-from jaxllm.errors import NonFiniteError
-from jaxllm.inputs import StepOutputs
+from jaxllm.buckets import Buckets
+from jaxllm.errors import NonFiniteError, RequestError
+from jaxllm.flags import FlagSets, flags_of, has_penalties
+from jaxllm.inputs import SampledLogprobs, Scores, StepOutputs
 from jaxllm.programs import ProgramKey
 from jaxllm.runner import ModelRunner
 from jaxllm.scheduler import SampledRow, Scheduler
-from jaxllm.sequence import Request, Sequence, StepPlan
+from jaxllm.sequence import PlannedRow, Request, SampledLogprob, Sequence, StepPlan
 
 
 @dataclass(slots=True)
@@ -48,6 +51,7 @@ class Engine:
         self.config = runner.builder.engine
         self.buckets = Buckets(self.config)
         self.scheduler = Scheduler(self.config, runner.builder.num_pages)
+        self.flag_sets = FlagSets()
         self.requests: dict[str, Request] = {}
         self.stats = EngineStats()
         self.in_call: frozenset[str] = frozenset()
@@ -55,6 +59,7 @@ class Engine:
 
         self._arrivals = 0
         self._ended: list[Sequence] = []
+        self._doomed: set[str] = set()
 
     def add_request(self, request: Request) -> None:
         """Queues the sequences of a request, which has been checked."""
@@ -64,45 +69,88 @@ class Engine:
             self._arrivals += 1
             self.scheduler.add(seq)
 
+    @contextmanager
+    def call(self, requests: Several[Request]) -> Iterator[None]:
+        """A stretch of steps on behalf of some requests, queued if they are not yet.
+
+        Whatever ends it early (an interrupt wherever it falls, an error) ends these
+        requests, frees all they held and makes the engine exact again.
+        """
+        if self.in_call:
+            self.recover()  # the last call's own recovery was interrupted
+        self.in_call = frozenset(request.request_id for request in requests)
+        try:
+            for request in requests:
+                if request.request_id not in self.requests and not request.is_finished:
+                    self.add_request(request)
+            yield
+        except BaseException:
+            self.recover()
+            raise
+        self.in_call = frozenset()
+
     def step(self) -> list[Request]:
         """Runs one step, and returns the requests that it finished.
 
-        Raises:
-            NonFiniteError: The model's logits were NaN or infinite; the requests
-                that had them are aborted, the others go on.
+        A request whose logits were not finite, or whose own rules left no token to
+        choose, is finished with its `error` set; the others go on.
         """
         start = time.perf_counter()
+        self._abort_doomed()
+        if not self.scheduler.has_work:
+            return []
         plan = self.scheduler.schedule()
         key = self.program_key(plan)
-        buffer = pack_plan(plan, key.bucket, self.config)
+        buffer = pack_plan(plan, key.bucket, key.flags, self.config)
+        self._count_tokens(plan)
         launched = time.perf_counter()
         outputs = self.runner.run(key, buffer)
         returned = time.perf_counter()
         sampled = _by_row(plan, outputs)
-        broken = [row.seq for row, ok in zip(plan.rows, outputs.finite, strict=False) if not ok]
-        # Kept until they are returned: an error below must not lose what ended beside it.
+        _put_scores(plan, outputs.scores)
+        # Kept until they are returned: an interrupt below must not lose what has ended.
         self._ended += self.scheduler.update(plan, sampled)
         self._count(plan, key, launched - start, returned - launched)
-        if broken:
-            self.abort({seq.request_id for seq in broken})
-            raise NonFiniteError(
-                f"The model gave NaN or infinite logits for request "
-                f"{', '.join(sorted({seq.request_id for seq in broken}))} in {self.config.dtype}. "
-                "Try dtype='float32', and check the checkpoint's weights."
-            )
+        self._fail_broken(plan, outputs)
         return self._collect()
+
+    def _count_tokens(self, plan: StepPlan) -> None:
+        """Has the device count the tokens of rows whose penalties start to matter."""
+        for row in plan.rows:
+            seq = row.seq
+            if row.samples and not seq.is_counted and has_penalties(seq.params):
+                known = seq.tokens(0, seq.num_tokens)
+                self.runner.count_tokens(seq.row, known, len(seq.prompt_token_ids))
+                seq.is_counted = True
+
+    def _fail_broken(self, plan: StepPlan, outputs: StepOutputs) -> None:
+        """Ends the requests that could not be sampled, with the reason."""
+        good = outputs.finite & outputs.possible
+        for row, finite, ok in zip(plan.rows, outputs.finite, good, strict=False):
+            request = self.requests.get(row.seq.request_id)
+            if ok or request is None or request.error is not None:
+                continue
+            name = request.request_id
+            request.error = (
+                RequestError(
+                    f"The rules of request {name} leave no token to choose. Its allowed_token_ids, "
+                    "bad_words, min_tokens and logit_bias ban every one of them: allow some."
+                )
+                if finite
+                else NonFiniteError(
+                    f"The model gave NaN or infinite logits for request {name} in "
+                    f"{self.config.dtype}. Try dtype='float32', and check the checkpoint's weights."
+                )
+            )
+            self.scheduler.abort({name})
+            for seq in request.sequences:
+                seq.finish_reason = "error"
+            self._ended += request.sequences
 
     def program_key(self, plan: StepPlan) -> ProgramKey:
         """Returns the program of a plan: the shapes, and only what its rows ask for."""
-        # Rows that do not sample yet count too: the program stays the same when they do.
-        params = [row.seq.params for row in plan.rows]
-        asked = [p.logprobs for p in params if p.logprobs is not None]
-        return ProgramKey(
-            bucket=self.buckets.of(plan),
-            steps=plan.lookahead,
-            sampled=any(p.temperature > 0 for p in params),
-            logprobs=logprobs_bucket(max(asked)) if asked else None,
-        )
+        flags = self.flag_sets.serving(flags_of(plan.rows))
+        return ProgramKey(self.buckets.of(plan), plan.lookahead, flags)
 
     def _collect(self) -> list[Request]:
         """Removes and returns the requests whose last sequence has ended."""
@@ -132,6 +180,14 @@ class Engine:
         for request_id in request_ids:
             self.requests.pop(request_id, None)
 
+    def abort_later(self, request_ids: Iterable[str]) -> None:
+        """Ends requests before the next step; safe wherever it is called, in a finalizer too."""
+        self._doomed.update(request_ids)
+
+    def _abort_doomed(self) -> None:
+        while self._doomed:
+            self.abort({self._doomed.pop()})
+
     def recover(self) -> None:
         """Ends the call in progress, cut off wherever it was, and makes the engine exact again.
 
@@ -151,16 +207,34 @@ def _by_row(plan: StepPlan, outputs: StepOutputs) -> list[SampledRow]:
     for i, row in enumerate(plan.rows):
         count = int(outputs.num_tokens[i]) if row.samples else 0
         picked = []
-        if outputs.logprobs is not None and row.seq.params.logprobs is not None:
-            lp, k = outputs.logprobs, row.seq.params.logprobs
-            picked = [
-                (
-                    float(lp.chosen[i, n]),
-                    int(lp.rank[i, n]),
-                    lp.top_ids[i, n, :k].tolist(),
-                    lp.top[i, n, :k].tolist(),
-                )
-                for n in range(count)
-            ]
+        if outputs.logprobs is not None and row.seq.num_logprobs is not None:
+            picked = [_logprob(outputs.logprobs, row.seq, i, n) for n in range(count)]
         results.append(SampledRow(tokens[i, :count].tolist(), picked))
     return results
+
+
+def _logprob(found: SampledLogprobs, seq: Sequence, i: int, n: int) -> SampledLogprob:
+    """Returns what row i's n-th token has: the likeliest, or the tokens the caller named."""
+    chosen, rank = float(found.chosen[i, n]), int(found.rank[i, n])
+    named = seq.params.logprob_token_ids
+    if named and found.named is not None and found.named_rank is not None:
+        values = found.named[i, n, : len(named)].tolist()
+        ranks = found.named_rank[i, n, : len(named)].tolist()
+        return SampledLogprob(chosen, rank, list(named), values, ranks)
+    k = seq.num_logprobs
+    ids, values = found.top_ids[i, n, :k].tolist(), found.top[i, n, :k].tolist()
+    return SampledLogprob(chosen, rank, ids, values, list(range(1, len(ids) + 1)))
+
+
+def _put_scores(plan: StepPlan, scores: Scores | None) -> None:
+    """Hands each row the log-probabilities of its given tokens."""
+    if scores is None:
+        return
+    scored: list[tuple[PlannedRow, range]] = [(row, row.scored()) for row in plan.rows]
+    ends = list(accumulate(len(positions) for _, positions in scored))
+    for (row, positions), end in zip(scored, ends, strict=True):
+        if row.seq.scoring is not None and len(positions):
+            at = slice(end - len(positions), end)
+            row.seq.scoring.put(
+                positions, scores.logprobs[at], scores.ranks[at], scores.top_ids[at], scores.top[at]
+            )

@@ -11,6 +11,7 @@ builder holds: model, engine config, layout and mesh, never arrays. So the same
 builder serves real runs and compilation for a GPU where there is none.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,11 +23,19 @@ import jax.numpy as jnp
 from jaxllm.buckets import Bucket
 from jaxllm.cache.kv_cache import abstract_caches
 from jaxllm.config import EngineConfig
-from jaxllm.inputs import DeviceState, StepInputs, StepOutputs, buffer_size, unpack
+from jaxllm.flags import SamplingFlags
+from jaxllm.inputs import (
+    IN_PROMPT,
+    DeviceState,
+    StepInputs,
+    StepOutputs,
+    buffer_size,
+    unpack,
+)
 from jaxllm.modeling.abstract import AbstractModel
 from jaxllm.modeling.decoder import Decoder
 from jaxllm.pallas_kernels.attention import PagedAttend, QueryBlocks, tuning_for
-from jaxllm.sampler import logprobs_of, sample
+from jaxllm.sampler import choose, score_tokens
 from jaxllm.sharding.apply import Sharder
 
 
@@ -38,19 +47,14 @@ class ProgramKey:
     steps: int = 1
     """Tokens a row may generate in one launch (N)."""
 
-    sampled: bool = False
-    """Whether any row draws at random; a greedy program has no random numbers."""
-
-    logprobs: int | None = None
-    """Alternatives to return for each token; None: no log-probabilities."""
+    flags: SamplingFlags = SamplingFlags()
+    """What the batch asks of the sampler."""
 
     def __str__(self) -> str:
         """A short name for progress lines and statistics."""
         b = self.bucket
         shape = f"decode[{b.rows}]" if b.is_decode else f"mixed[{b.tokens}x{b.rows}]"
-        flags = ["sampled"] * self.sampled
-        flags += [f"logprobs={self.logprobs}"] * (self.logprobs is not None)
-        return " ".join([f"{shape} x{self.steps} width {b.width}", *flags])
+        return f"{shape} x{self.steps} width {b.width} {self.flags}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +66,8 @@ class ProgramBuilder:
     sharder: Sharder
     num_pages: int
 
-    def state_shapes(self) -> DeviceState:
-        """Returns shapes and shardings of the device state."""
+    def state_shapes(self, *, counts: bool = False) -> DeviceState:
+        """Returns shapes and shardings of the device state, with the token counts or without."""
         caches = abstract_caches(
             self.model.cache_specs,
             self.num_pages,
@@ -74,19 +78,29 @@ class ProgramBuilder:
         last_token = jax.ShapeDtypeStruct(
             (self.engine.max_num_seqs + 1,), jnp.int32, sharding=self.sharder.sharding(None)
         )
-        return DeviceState(caches, cast("jax.Array", last_token))
+        token_counts = self.counts_shape() if counts else None
+        return DeviceState(caches, cast("jax.Array", last_token), cast("jax.Array", token_counts))
+
+    def counts_shape(self) -> jax.ShapeDtypeStruct:
+        """Returns the shape and sharding of `DeviceState.token_counts`."""
+        return jax.ShapeDtypeStruct(
+            (self.engine.max_num_seqs + 1, self.model.vocab_size),
+            jnp.int32,
+            sharding=self.sharder.sharding(None, "vocab"),
+        )
 
     def lower(self, key: ProgramKey) -> jax.stages.Lowered:
         """Traces and lowers a program for the builder's mesh."""
-        state = self.state_shapes()
+        state = self.state_shapes(counts=key.flags.penalties)
         everywhere = self.sharder.sharding()
-        buffer = jax.ShapeDtypeStruct((buffer_size(key.bucket),), jnp.int32, sharding=everywhere)
+        size = buffer_size(key.bucket, key.flags)
+        buffer = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=everywhere)
         body = decode_steps if key.bucket.is_decode else mixed_step
 
         def program(
             params: Sequence[jax.Array], state: DeviceState, buffer: jax.Array
         ) -> tuple[DeviceState, StepOutputs]:
-            model, inputs = self.model.merge(params), unpack(key.bucket, buffer)
+            model, inputs = self.model.merge(params), unpack(key.bucket, key.flags, buffer)
             return body(self, key, model, state, inputs)
 
         shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), everywhere)
@@ -142,11 +156,22 @@ def mixed_step(
         tokens, inputs.positions[0], state.caches, attend, builder.sharder
     )  # [T, E]
     logits = model.logits(hidden[chunks.logit_rows])  # [B, V]
-    outputs = _choose(key, logits, inputs)
-    spare = state.last_token.shape[0] - 1
-    rows = jnp.where(inputs.limits > 0, inputs.rows, spare)
+    outputs, counts = _choose(builder, key, logits, inputs, state.token_counts)
+    if inputs.score is not None and key.flags.scored is not None:
+        score = inputs.score
+        scores = score_tokens(
+            hidden,
+            model.logits,
+            score.scored,
+            score.targets,
+            score.num_scored,
+            min(key.flags.scored, logits.shape[1]),
+            chunk=key.bucket.rows,
+        )
+        outputs = replace(outputs, scores=scores)
+    rows = _writable_rows(inputs, state.last_token.shape[0])
     last_token = state.last_token.at[rows].set(outputs.tokens[:, 0])
-    return DeviceState(caches, last_token), outputs
+    return DeviceState(caches, last_token, counts), outputs
 
 
 def decode_steps(
@@ -167,7 +192,7 @@ def decode_steps(
     tokens = jnp.where(inputs.tokens < 0, held, inputs.tokens)
 
     def step(carry: tuple) -> tuple[tuple, StepOutputs]:
-        caches, tokens, kv_lens, num_left = carry
+        caches, tokens, kv_lens, num_left, counts = carry
         live = num_left > 0
         positions = jnp.maximum(kv_lens - 1, 0)
         page = jnp.take_along_axis(
@@ -177,21 +202,21 @@ def decode_steps(
         now = replace(inputs, kv_lens=jnp.where(live, kv_lens, 0), limits=num_left)
         attend = builder.attend(key, now, slots)
         hidden, caches = model(tokens, positions, caches, attend, builder.sharder)  # [B, E]
-        out = _choose(key, model.logits(hidden), now)
+        out, counts = _choose(builder, key, model.logits(hidden), now, counts)
         token = out.tokens[:, 0]
         stopped = jnp.any(token[:, None] == inputs.stop_ids, axis=1)
         num_left = jnp.where(stopped, 0, num_left - live.astype(jnp.int32))
         tokens = jnp.where(live, token, tokens)
-        return (caches, tokens, kv_lens + 1, num_left), out
+        return (caches, tokens, kv_lens + 1, num_left, counts), out
 
-    carry = (state.caches, tokens, inputs.kv_lens, inputs.limits)
+    carry = (state.caches, tokens, inputs.kv_lens, inputs.limits, state.token_counts)
     if key.steps == 1:
         carry, outputs = step(carry)
     else:
         carry, outputs = _repeat(step, carry, key.steps)
-    caches, tokens = carry[0], carry[1]
+    caches, tokens, counts = carry[0], carry[1], carry[4]
     last_token = state.last_token.at[inputs.rows].set(tokens)
-    return DeviceState(caches, last_token), outputs
+    return DeviceState(caches, last_token, counts), outputs
 
 
 def _repeat(
@@ -207,22 +232,54 @@ def _repeat(
         tokens=join(stacked.tokens),
         num_tokens=jnp.sum(stacked.num_tokens, axis=0, dtype=jnp.int32),
         finite=jnp.all(stacked.finite, axis=0),
+        possible=jnp.all(stacked.possible, axis=0),
         logprobs=jax.tree.map(join, stacked.logprobs),
     )
     return carry, outputs
 
 
-def _choose(key: ProgramKey, logits: jax.Array, inputs: StepInputs) -> StepOutputs:
-    """Returns a token a row, for rows that may generate one."""
-    live = inputs.limits > 0
-    if key.sampled:
-        tokens = sample(logits, inputs.temperature, inputs.seeds, inputs.kv_lens)
-    else:
-        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # A NaN or +inf makes the maximum so; rows that do not sample may hold anything.
-    finite = jnp.isfinite(jnp.max(logits, axis=-1)) | ~live
-    logprobs = None if key.logprobs is None else logprobs_of(logits, tokens, key.logprobs)
-    return StepOutputs(tokens[:, None], live.astype(jnp.int32), finite, logprobs)
+def _choose(
+    builder: ProgramBuilder,
+    key: ProgramKey,
+    logits: jax.Array,
+    inputs: StepInputs,
+    counts: jax.Array | None,
+) -> tuple[StepOutputs, jax.Array | None]:
+    """Returns a token a row, and the token counts with it, where the program keeps them."""
+    held = None if counts is None else counts[inputs.rows]  # [B, V]
+    outputs = choose(logits, inputs, held, key.flags, builder.engine.logprobs_mode)
+    if counts is not None:
+        rows = _writable_rows(inputs, counts.shape[0])
+        counts = counts.at[rows, outputs.tokens[:, 0]].add(1)
+    return outputs, counts
+
+
+def _writable_rows(inputs: StepInputs, num_rows: int) -> jax.Array:
+    """int32 [B], the rows that generate a token here; the spare one in place of the others."""
+    return jnp.where(inputs.limits > 0, inputs.rows, num_rows - 1)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def count_tokens(
+    counts: jax.Array, row: jax.Array, tokens: jax.Array, num_prompt: jax.Array, num: jax.Array
+) -> jax.Array:
+    """Sets the counts of a row to those of a sequence.
+
+    Args:
+        counts: int32 [rows + 1, V], donated.
+        row: int32 [].
+        tokens: int32 [N], prompt and output, then padding.
+        num_prompt: int32 [], tokens of the prompt.
+        num: int32 [], tokens of both.
+    """
+    at = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    nowhere = counts.shape[1]
+    in_prompt = jnp.where(at < num_prompt, tokens, nowhere)
+    in_output = jnp.where((at >= num_prompt) & (at < num), tokens, nowhere)
+    fresh = jnp.zeros(counts.shape[1], counts.dtype)
+    fresh = fresh.at[in_output].add(1, mode="drop")
+    fresh = fresh + jnp.zeros_like(fresh).at[in_prompt].set(IN_PROMPT, mode="drop")
+    return jax.lax.dynamic_update_slice(counts, fresh[None], (row, jnp.int32(0)))
 
 
 class ProgramCache:

@@ -1,14 +1,19 @@
 """Runs programs: holds the parameters and the device state, and nothing of the schedule."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.buckets import powers_of_two
 from jaxllm.cache.kv_cache import allocate
 from jaxllm.inputs import DeviceState, StepOutputs
-from jaxllm.programs import ProgramBuilder, ProgramCache, ProgramKey
+from jaxllm.programs import ProgramBuilder, ProgramCache, ProgramKey, count_tokens
+
+MIN_COUNTED = 256
+"""Tokens of the smallest program that counts; larger ones are powers of two."""
 
 
 class ModelRunner:
@@ -32,6 +37,8 @@ class ModelRunner:
         self.programs = ProgramCache(builder)
         self._fill = fill
         self.state = self._new_state()
+        self._counts: jax.Array | None = None
+        """Of `DeviceState.token_counts`; made when the first request with penalties comes."""
 
     def _new_state(self) -> DeviceState:
         shapes = self.builder.state_shapes()
@@ -52,9 +59,35 @@ class ModelRunner:
         """
         program = self.programs.get(key)
         sent = jax.device_put(buffer, self.builder.sharder.sharding())
+        state = self.state
+        if key.flags.penalties:
+            state = replace(state, token_counts=self._live_counts())
         # The old state is donated: until it is rebound, the cache exists only in `outputs`.
-        self.state, outputs = program(self.params, self.state, sent)
+        state, outputs = program(self.params, state, sent)
+        if key.flags.penalties:
+            self._counts = state.token_counts
+            state = replace(state, token_counts=None)
+        self.state = state
         return jax.device_get(outputs)
+
+    def count_tokens(self, row: int, tokens: Sequence[int], num_prompt: int) -> None:
+        """Sets the counts that the penalties of a row follow.
+
+        Args:
+            row: Of the device state.
+            tokens: Prompt and output so far.
+            num_prompt: How many are the prompt's.
+        """
+        padded = np.zeros(powers_of_two(MIN_COUNTED, len(tokens))[-1], np.int32)
+        padded[: len(tokens)] = tokens
+        numbers = (np.int32(row), padded, np.int32(num_prompt), np.int32(len(tokens)))
+        self._counts = count_tokens(self._live_counts(), *numbers)
+
+    def _live_counts(self) -> jax.Array:
+        if self._counts is None or self._counts.is_deleted():
+            shape = self.builder.counts_shape()
+            self._counts = jax.device_put(np.zeros(shape.shape, shape.dtype), shape.sharding)
+        return self._counts
 
     def is_lost(self) -> bool:
         """Whether an interrupt fell between a launch and the rebinding of its state."""
@@ -67,7 +100,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Frees every array and program."""
-        for leaf in jax.tree.leaves((self.params, self.state)):
+        for leaf in jax.tree.leaves((self.params, self.state, self._counts)):
             if not leaf.is_deleted():
                 leaf.delete()
         self.programs.clear()

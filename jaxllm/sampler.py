@@ -1,14 +1,28 @@
 """From logits to tokens, on the device.
 
+The order of operations is vLLM's: mask, edits, penalties, temperature, min-p, top-k,
+top-p, choice. What the program's flags leave out is not in the program.
+
 The random number of a token is a function of (seed, position, token id) alone:
 neither the batch, nor its padding, nor the size of the vocabulary, nor how often
 a sequence was preempted can change it.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from jaxllm.inputs import SampledLogprobs
+from jaxllm import truncation
+from jaxllm.flags import SamplingFlags
+from jaxllm.inputs import (
+    IN_PROMPT,
+    SampledLogprobs,
+    SamplingInputs,
+    Scores,
+    StepInputs,
+    StepOutputs,
+)
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
@@ -60,48 +74,199 @@ def gumbel_noise(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax
     return -jnp.log(-jnp.log1p(-uniform))
 
 
-def sample(
+def choose(
     logits: jax.Array,
-    temperature: jax.Array,
-    seeds: jax.Array,
-    positions: jax.Array,
-) -> jax.Array:
-    """Draws a token a row from `softmax(logits / temperature)` by the Gumbel-max rule.
+    inputs: StepInputs,
+    counts: jax.Array | None,
+    flags: SamplingFlags,
+    logprobs_mode: str,
+) -> StepOutputs:
+    """Returns a token a row, for rows that may generate one.
 
     Args:
-        logits: float32 [B, V].
-        temperature: float32 [B]; 0 takes the most likely token, the lowest id among equals.
-        seeds: uint32 [B, 2].
+        logits: float32 [B, V], of the model.
+        inputs: Of the step.
+        counts: int32 [B, V], of `DeviceState.token_counts`; None without penalties.
+        flags: Of the program.
+        logprobs_mode: One of `config.LOGPROBS_MODES`.
+    """
+    live = inputs.limits > 0
+    sampling = inputs.sampling
+    processed = process(logits, sampling, counts, inputs.kv_lens, flags)
+    noisy = processed
+    if flags.sampled:
+        noise = gumbel_noise(sampling.seeds, inputs.kv_lens, logits.shape[1])
+        noisy = jnp.where((sampling.temperature == 0)[:, None], processed, processed + noise)
+    tokens = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+    # A NaN or +inf makes the maximum so; rows that do not sample may hold anything.
+    finite = jnp.isfinite(jnp.max(logits, axis=-1)) | ~live
+    possible = finite
+    if flags.edits or flags.mask_words:
+        possible = (jnp.max(processed, axis=-1) > -jnp.inf) | ~finite | ~live
+    logprobs = None
+    if flags.logprobs is not None:
+        source = processed if logprobs_mode.startswith("processed") else logits
+        logprobs = logprobs_of(
+            source,
+            tokens,
+            flags.logprobs,
+            sampling.logprob_ids,
+            normalize=logprobs_mode.endswith("logprobs"),
+        )
+    return StepOutputs(tokens[:, None], live.astype(jnp.int32), finite, possible, logprobs)
+
+
+def process(
+    logits: jax.Array,
+    sampling: SamplingInputs,
+    counts: jax.Array | None,
+    positions: jax.Array,
+    flags: SamplingFlags,
+) -> jax.Array:
+    """Applies everything that comes before the choice.
+
+    Args:
+        logits: float32 [B, V], of the model.
+        sampling: How each row's token is chosen.
+        counts: int32 [B, V], of `DeviceState.token_counts`; None without penalties.
         positions: int32 [B], where the new token will stand.
+        flags: Which of the operations the program has.
 
     Returns:
-        int32 [B].
+        float32 [B, V], minus infinity for tokens that cannot be chosen.
     """
-    greedy = temperature == 0
-    divisor = jnp.where(greedy, 1, temperature)[:, None]
-    noise = gumbel_noise(seeds, positions, logits.shape[1])
-    noisy = jnp.where(greedy[:, None], logits, logits / divisor + noise)
-    return jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+    if sampling.mask is not None:
+        logits = jnp.where(_bits(sampling.mask, logits.shape[1]), logits, -jnp.inf)
+    if sampling.edit_ids is not None:
+        logits = _edited(logits, sampling, positions)
+    if flags.penalties and counts is not None:
+        logits = _penalized(logits, sampling, counts)
+    if flags.sampled:
+        temperature = jnp.where(sampling.temperature == 0, 1, sampling.temperature)
+        logits = logits / temperature[:, None]
+    if sampling.min_p is not None:
+        logits = truncation.min_p(logits, sampling.min_p)
+    if sampling.top_k is not None:
+        logits = truncation.top_k(logits, sampling.top_k)
+    if sampling.top_p is not None:
+        logits = truncation.top_p(logits, sampling.top_p)
+    return logits
 
 
-def logprobs_of(logits: jax.Array, tokens: jax.Array, count: int) -> SampledLogprobs:
+def _bits(words: jax.Array, size: int) -> jax.Array:
+    """uint32 [B, ceil(V/32)] -> bool [B, V], the lowest bit first."""
+    bits = words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :] & 1
+    return bits.reshape(words.shape[0], -1)[:, :size] == 1
+
+
+def _edited(logits: jax.Array, sampling: SamplingInputs, positions: jax.Array) -> jax.Array:
+    ids, values, until = sampling.edit_ids, sampling.edit_values, sampling.edit_until
+    if ids is None or values is None or until is None:
+        return logits
+    live = positions[:, None] < until
+    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+    return logits.at[rows, ids].add(jnp.where(live, values, 0), mode="drop")
+
+
+def _penalized(logits: jax.Array, sampling: SamplingInputs, counts: jax.Array) -> jax.Array:
+    """Repetition (prompt and output), then frequency and presence (output only)."""
+    repetition, frequency, presence = (
+        sampling.repetition_penalty,
+        sampling.frequency_penalty,
+        sampling.presence_penalty,
+    )
+    if repetition is None or frequency is None or presence is None:
+        return logits
+    factor = repetition[:, None]
+    repeated = jnp.where(logits > 0, logits / factor, logits * factor)
+    logits = jnp.where(counts > 0, repeated, logits)
+    in_output = counts & (IN_PROMPT - 1)
+    logits = logits - frequency[:, None] * in_output.astype(jnp.float32)
+    return logits - presence[:, None] * (in_output > 0).astype(jnp.float32)
+
+
+def logprobs_of(
+    logits: jax.Array,
+    tokens: jax.Array,
+    count: int,
+    named: jax.Array | None = None,
+    *,
+    normalize: bool = True,
+) -> SampledLogprobs:
     """Returns the log-probabilities of chosen tokens and of the likeliest.
 
     Args:
-        logits: float32 [B, V], raw.
+        logits: float32 [B, V].
         tokens: int32 [B], the chosen ones.
         count: k, how many of the likeliest to return; all V where that is fewer.
+        named: int32 [B, J], further tokens to return; None for none.
+        normalize: Return logits as they are where false.
 
     Returns:
         Arrays with N = 1.
     """
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # [B, 1]
+    total = jnp.float32(0)
+    if normalize:
+        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # [B, 1]
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)  # [B, 1]
     rank = jnp.sum(logits >= chosen, axis=-1, dtype=jnp.int32)
     top, top_ids = jax.lax.top_k(logits, min(count, logits.shape[1]))
+    values = ranks = None
+    if named is not None:
+        values = jnp.take_along_axis(logits, named, axis=-1)  # [B, J]
+        ranks = jnp.sum(logits[:, None, :] >= values[:, :, None], axis=-1, dtype=jnp.int32)
+        values, ranks = (values - total)[:, None], ranks[:, None]
     return SampledLogprobs(
         chosen=chosen - total,
         rank=rank[:, None],
         top_ids=top_ids.astype(jnp.int32)[:, None],
         top=(top - total)[:, None],
+        named=values,
+        named_rank=ranks,
     )
+
+
+def score_tokens(
+    hidden: jax.Array,
+    logits_of: Callable[[jax.Array], jax.Array],
+    scored: jax.Array,
+    targets: jax.Array,
+    num_scored: jax.Array,
+    count: int,
+    chunk: int,
+) -> Scores:
+    """Returns the log-probabilities of given tokens, a few rows of logits at a time.
+
+    Args:
+        hidden: [T, E].
+        logits_of: [chunk, E] -> float32 [chunk, V].
+        scored: int32 [T], tokens of the step whose successors are scored; the first ones count.
+        targets: int32 [T], the successors.
+        num_scored: int32 [].
+        count: k, likeliest alternatives to return.
+        chunk: Rows of logits that exist at once.
+    """
+    num_tokens = scored.shape[0]
+    padded = -(-num_tokens // chunk) * chunk
+    scored, targets = (jnp.pad(x, (0, padded - num_tokens)) for x in (scored, targets))
+
+    def one(i: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        at = i * chunk
+        rows = jax.lax.dynamic_slice_in_dim(scored, at, chunk)
+        wanted = jax.lax.dynamic_slice_in_dim(targets, at, chunk)
+        lp = logprobs_of(logits_of(hidden[rows]), wanted, count)
+        parts = tuple(x[:, 0] for x in (lp.chosen, lp.rank, lp.top_ids, lp.top))
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(x, part, at, axis=0)
+            for x, part in zip(found, parts, strict=True)
+        )
+
+    found = (
+        jnp.zeros(padded, jnp.float32),
+        jnp.zeros(padded, jnp.int32),
+        jnp.zeros((padded, count), jnp.int32),
+        jnp.zeros((padded, count), jnp.float32),
+    )
+    num_chunks = (num_scored + chunk - 1) // chunk
+    found = jax.lax.fori_loop(0, num_chunks, one, found)
+    return Scores(*(x[:num_tokens] for x in found))

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from jaxllm.cache.prefix_cache import ROOT, PrefixCache
 from jaxllm.config import EngineConfig
-from jaxllm.sequence import PlannedRow, Sequence, StepPlan
+from jaxllm.sequence import PlannedRow, SampledLogprob, Sequence, StepPlan
+from jaxllm.stopping import end_if_done
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,8 @@ class SampledRow:
     """What a step brought for one sequence."""
 
     tokens: list[int]
-    logprobs: list[tuple[float, int, list[int], list[float]]]
-    """For each token: logprob, rank, ids and logprobs of the likeliest; or empty."""
+    logprobs: list[SampledLogprob]
+    """One for each token, or none."""
 
 
 class Scheduler:
@@ -86,11 +87,11 @@ class Scheduler:
         decodes, chunks = [], []
         for seq in list(self.running):
             if seq.row >= 0 and seq.num_pending == 1 and self._grow(seq):
-                decodes.append(PlannedRow(seq, 1, samples=True))
+                decodes.append(PlannedRow(seq, 1, samples=seq.generates))
         budget -= len(decodes)
         for seq in self.running:
             if seq.num_pending > 1 and budget:
-                chunks.append(_chunk(seq, budget))
+                chunks.append(self._chunk(seq, budget))
                 budget -= chunks[-1].num_tokens
         if self.num_preemptions == preemptions:
             chunks += self._admit(budget)
@@ -115,14 +116,27 @@ class Scheduler:
             # In both queues for a moment, and never in neither: `reset` may come at any line.
             self._start(seq, cached, num_new)
             self.waiting.popleft()
-            admitted.append(_chunk(seq, budget))
+            admitted.append(self._chunk(seq, budget))
             budget -= admitted[-1].num_tokens
         return admitted
 
     def _find_cached(self, seq: Sequence) -> list:
         if not self.config.enable_prefix_caching:
             return []
-        return self.prefixes.find(seq.tokens(0, seq.num_tokens), seq.cache_salt)
+        found = self.prefixes.find(seq.tokens(0, seq.num_tokens), seq.cache_salt)
+        return found[: seq.cacheable() // self.config.page_size]
+
+    def _chunk(self, seq: Sequence, budget: int) -> PlannedRow:
+        """Plans as much of a sequence's known tokens as the budget allows.
+
+        Pages that the step will fill are findable at once: in every layer all of a
+        step's keys are written before any is read, so sequences that start together
+        (the completions of one prompt, say) compute their common pages once.
+        """
+        num_tokens = min(seq.num_pending, budget)
+        self._register(seq, seq.num_computed + num_tokens)
+        samples = num_tokens == seq.num_pending and seq.generates
+        return PlannedRow(seq, num_tokens, samples)
 
     def _start(self, seq: Sequence, cached: list, num_new: int) -> None:
         """Gives a sequence its row and the pages of all its known tokens."""
@@ -179,29 +193,23 @@ class Scheduler:
                 seq.output_token_ids.append(token)
                 if result.logprobs:
                     seq.logprobs.append(result.logprobs[i])
-                if self._stops(seq, token):
+                end_if_done(seq, self.config.max_model_len)
+                if seq.is_finished:
                     break
-            self._register(seq)
+            if not seq.generates and not seq.num_pending:
+                seq.finish_reason = "length"
+            self._register(seq, seq.num_computed)
             if seq.is_finished:
                 self._leave(seq)
                 finished.append(seq)
         return finished
 
-    def _stops(self, seq: Sequence, token: int) -> bool:
-        if token in seq.stop_ids():
-            seq.finish_reason = "stop"
-            is_eos = token == seq.eos_token_id and not seq.params.ignore_eos
-            seq.stop_reason = None if is_eos else token
-        elif seq.remaining(self.config.max_model_len) <= 0:
-            seq.finish_reason = "length"
-        return seq.is_finished
-
-    def _register(self, seq: Sequence) -> None:
-        """Makes the pages that have become full findable."""
+    def _register(self, seq: Sequence, num_tokens: int) -> None:
+        """Makes the pages that its first tokens fill findable."""
         if not self.config.enable_prefix_caching:
             return
         size = self.config.page_size
-        while (seq.num_registered + 1) * size <= seq.num_computed:
+        while (seq.num_registered + 1) * size <= num_tokens:
             start = seq.num_registered * size
             seq.prefix_node = self.prefixes.add(
                 seq.prefix_node,
@@ -230,13 +238,9 @@ class Scheduler:
             assert seq.num_computed == 0
 
 
-def _chunk(seq: Sequence, budget: int) -> PlannedRow:
-    num_tokens = min(seq.num_pending, budget)
-    return PlannedRow(seq, num_tokens, samples=num_tokens == seq.num_pending)
-
-
 def _forget_pages(seq: Sequence) -> None:
     seq.pages = []
     seq.num_computed = seq.num_registered = 0
     seq.prefix_node = ROOT
     seq.row = -1
+    seq.is_counted = False

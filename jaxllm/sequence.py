@@ -3,7 +3,71 @@
 import dataclasses
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from jaxllm.logit_rules import NO_RULES, LogitRules
 from jaxllm.sampling_params import SamplingParams
+from jaxllm.text_stream import TextStream
+
+
+@dataclass(slots=True, eq=False)
+class SampledLogprob:
+    """What is returned of one generated token's distribution."""
+
+    chosen: float
+    """Log-probability of the token itself (a logit, where `logprobs_mode` says so)."""
+
+    rank: int
+    """Tokens at least as likely as it."""
+
+    ids: list[int]
+    """The likeliest tokens, or those the caller named."""
+
+    values: list[float]
+    ranks: list[int]
+
+
+@dataclass(slots=True, eq=False)
+class Scoring:
+    """Log-probabilities of given tokens, filled in as their positions are computed."""
+
+    targets: np.ndarray
+    """int32 [N], the token that follows each position, from position 0 on."""
+
+    start: int
+    """First position whose target is scored."""
+
+    num_top: int
+    """Likeliest alternatives to return beside each (k)."""
+
+    logprobs: np.ndarray = field(init=False)
+    """float32 [N - start]."""
+
+    ranks: np.ndarray = field(init=False)
+    """int32 [N - start], tokens at least as likely as the target."""
+
+    top_ids: np.ndarray = field(init=False)
+    """int32 [N - start, k]."""
+
+    top: np.ndarray = field(init=False)
+    """float32 [N - start, k]."""
+
+    def __post_init__(self) -> None:
+        """Allocates the results."""
+        count = len(self.targets) - self.start
+        self.logprobs = np.zeros(count, np.float32)
+        self.ranks = np.zeros(count, np.int32)
+        self.top_ids = np.zeros((count, self.num_top), np.int32)
+        self.top = np.zeros((count, self.num_top), np.float32)
+
+    def put(
+        self, positions: range, logprobs: np.ndarray, ranks: np.ndarray, top_ids: np.ndarray,
+        top: np.ndarray,
+    ) -> None:
+        """Takes the results of these positions; alternatives beyond `num_top` are dropped."""
+        at = slice(positions.start - self.start, positions.stop - self.start)
+        self.logprobs[at], self.ranks[at] = logprobs, ranks
+        self.top_ids[at], self.top[at] = top_ids[:, : self.num_top], top[:, : self.num_top]
 
 
 @dataclass(slots=True, eq=False)
@@ -31,9 +95,25 @@ class Sequence:
     cache_salt: str | None = None
     """Separates prefix-cache domains."""
 
+    rules: LogitRules = NO_RULES
+    """What is done to its logits."""
+
+    text: TextStream | None = None
+    """Its text as it grows, where stop strings or a stream need it."""
+
+    scoring: Scoring | None = None
+    """Tokens of the prompt to score, if any."""
+
+    generates: bool = True
+    """Whether tokens are to be sampled; a sequence that is only scored ends with its prompt."""
+
+    num_logprobs: int | None = None
+    """Likeliest alternatives to return for each output; None: no log-probabilities."""
+
+    reads_prefix_cache: bool = True
     output_token_ids: list[int] = field(default_factory=list)
-    logprobs: list[tuple[float, int, list[int], list[float]]] = field(default_factory=list)
-    """For each output: its logprob and rank, and the ids and logprobs of the likeliest."""
+    logprobs: list[SampledLogprob] = field(default_factory=list)
+    """One for each output, where they were asked for."""
 
     pages: list[int] = field(default_factory=list)
     """In order; this sequence holds one reference to each."""
@@ -52,6 +132,9 @@ class Sequence:
 
     num_registered: int = 0
     """Full pages it has given to, or taken from, the prefix cache."""
+
+    is_counted: bool = False
+    """Whether the device holds the counts of its tokens, which penalties follow."""
 
     num_preemptions: int = 0
     finish_reason: str | None = None
@@ -86,8 +169,16 @@ class Sequence:
         eos = () if self.params.ignore_eos else self.eos_token_ids
         return tuple(dict.fromkeys((*eos, *self.params.stop_token_ids)))
 
+    def cacheable(self) -> int:
+        """Returns how many of its tokens may be taken from the prefix cache."""
+        if not self.reads_prefix_cache:
+            return 0
+        return self.num_tokens if self.scoring is None else self.scoring.start
+
     def remaining(self, max_model_len: int) -> int:
         """Returns how many more tokens it may generate."""
+        if not self.generates:
+            return 0
         room = max_model_len - self.num_tokens
         if self.params.max_tokens is None:
             return room
@@ -104,6 +195,14 @@ class PlannedRow:
 
     samples: bool
     """Whether they are its last, so that a token comes out."""
+
+    def scored(self) -> range:
+        """Returns the positions of this step whose next token is scored."""
+        scoring, start = self.seq.scoring, self.seq.num_computed
+        if scoring is None:
+            return range(0)
+        stop = min(start + self.num_tokens, len(scoring.targets))
+        return range(max(start, scoring.start), max(stop, start, scoring.start))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +241,8 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     sequences: list[Sequence] = dataclasses.field(default_factory=list)
+    error: Exception | None = None
+    """Why it could not be run, or not to its end."""
 
     @property
     def is_finished(self) -> bool:

@@ -7,6 +7,7 @@ import pytest
 from jaxllm.batch import pack_plan, slots
 from jaxllm.buckets import Bucket, Buckets
 from jaxllm.config import EngineConfig
+from jaxllm.flags import flags_of
 from jaxllm.inputs import MAX_STOP_IDS, unpack
 from jaxllm.scheduler import Scheduler
 from jaxllm.sequence import PlannedRow, StepPlan
@@ -34,10 +35,11 @@ def packed(*rows, lookahead=1, config=CONFIG) -> tuple[SimpleNamespace, Bucket]:
     num_decodes = sum(r.num_tokens == 1 for r in rows)
     plan = StepPlan(rows=rows, num_decodes=num_decodes, lookahead=lookahead)
     bucket = Buckets(config).of(plan)
-    inputs = vars(unpack(bucket, pack_plan(plan, bucket, config)))
-    chunks = inputs.pop("chunks")
-    inputs |= vars(chunks) if chunks else {}
-    arrays = {name: np.asarray(value) for name, value in inputs.items()}
+    flags = flags_of(rows)
+    inputs = vars(unpack(bucket, flags, pack_plan(plan, bucket, flags, config)))
+    for part in ("sampling", "chunks", "score"):
+        inputs |= vars(inputs.pop(part) or SimpleNamespace())
+    arrays = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
     return SimpleNamespace(**arrays), bucket
 
 

@@ -5,7 +5,6 @@ from jaxllm.buckets import (
     MIN_ROWS,
     Buckets,
     at_least,
-    logprobs_bucket,
     powers_of_two,
 )
 from jaxllm.config import EngineConfig
@@ -167,11 +166,3 @@ def test_a_bucket_can_key_a_cache_of_programs():
 
     assert first == second
     assert hash(first) == hash(second)
-
-
-@pytest.mark.parametrize(
-    ("asked", "returned"),
-    [(None, None), (0, 0), (1, 1), (2, 5), (5, 5), (6, 20), (20, 20), (21, 21)],
-)
-def test_logprobs_come_in_a_few_sizes(asked, returned):
-    assert logprobs_bucket(asked) == returned

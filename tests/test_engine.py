@@ -53,8 +53,9 @@ class Maker:
 
 
 def request(name, prompt, num_new=NUM_NEW, **params):
-    params = SamplingParams(temperature=0, max_tokens=num_new, **params)
+    params = SamplingParams(**{"temperature": 0, "max_tokens": num_new, **params})
     seq = Sequence(name, 0, list(prompt), params, seed=0, arrival=0)
+    seq.num_logprobs = params.logprobs
     return Request(name, None, list(prompt), params, [seq])
 
 
@@ -199,13 +200,11 @@ def test_logprobs_are_those_of_the_full_forward(llama, prompts):
     logits = naive.logits(prompts[0] + seq.output_token_ids).astype(np.float64)
     logits = logits[len(prompts[0]) - 1 : -1]
     want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    for row, token, (chosen, rank, top_ids, top) in zip(
-        want, seq.output_token_ids, seq.logprobs, strict=True
-    ):
-        assert chosen == pytest.approx(row[token], abs=1e-4)
-        assert rank == (row >= row[token]).sum()
-        assert top_ids == np.argsort(-row)[:5].tolist()
-        np.testing.assert_allclose(top, np.sort(row)[::-1][:5], atol=1e-4)
+    for row, token, found in zip(want, seq.output_token_ids, seq.logprobs, strict=True):
+        assert found.chosen == pytest.approx(row[token], abs=1e-4)
+        assert found.rank == (row >= row[token]).sum()
+        assert found.ids == np.argsort(-row)[:5].tolist()
+        np.testing.assert_allclose(found.values, np.sort(row)[::-1][:5], atol=1e-4)
 
 
 def test_sampled_tokens_do_not_depend_on_batch_chunks_or_preemption(llama, prompts):
@@ -215,8 +214,8 @@ def test_sampled_tokens_do_not_depend_on_batch_chunks_or_preemption(llama, promp
         engine = make(num_pages=num_pages, budget=budget)
         requests = []
         for i in range(count):
-            asked = request(str(i), prompts[i], 16)
-            asked.params.temperature, asked.sequences[0].seed = 0.8, 1000 + i
+            asked = request(str(i), prompts[i], 16, temperature=0.8)
+            asked.sequences[0].seed = 1000 + i
             requests.append((0, asked))
         return run(engine, requests), engine.scheduler.num_preemptions
 

@@ -14,6 +14,7 @@ import pytest
 from jaxllm.buckets import Buckets
 from jaxllm.cache.memory import temp_bound
 from jaxllm.config import EngineConfig
+from jaxllm.flags import SamplingFlags
 from jaxllm.modeling.abstract import abstract_model
 from jaxllm.modeling.config import ModelConfig, RopeConfig
 from jaxllm.modeling.decoder import Decoder
@@ -153,27 +154,65 @@ def test_temporaries_do_not_grow_with_the_layers():
     assert four.temp_bytes <= two.temp_bytes + MIB
 
 
-@pytest.mark.parametrize("steps", [1, 8])
-@pytest.mark.parametrize("logprobs", [None, 0, 5])
-@pytest.mark.parametrize("sampled", [False, True])
-def test_every_choice_of_decode_lowers(sampled, logprobs, steps):
-    key = ProgramKey(DECODE.bucket, steps=steps, sampled=sampled, logprobs=logprobs)
+CHOICES = {
+    "sampled": SamplingFlags(sampled=True),
+    "logprobs": SamplingFlags(logprobs=0),
+    "truncated": SamplingFlags(sampled=True, min_p=True, top_k=True, top_p=True, logprobs=5),
+    "ruled": SamplingFlags(edits=16, mask_words=-(-CONFIG.vocab_size // 32), logprob_ids=16),
+    "penalized": SamplingFlags(penalties=True),
+}
 
-    _, outputs = builder().lower(key).out_info
+
+@pytest.mark.parametrize("steps", [1, 8])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_of_decode_lowers(choice, steps):
+    flags = CHOICES[choice]
+    logprobs = flags.logprobs
+
+    _, outputs = builder().lower(ProgramKey(DECODE.bucket, steps, flags)).out_info
 
     assert outputs.tokens.shape == (16, steps)
     assert (outputs.logprobs is None) == (logprobs is None)
     assert logprobs is None or outputs.logprobs.top.shape == (16, steps, logprobs)
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-def test_every_choice_of_the_mixed_program_lowers(sampled):
-    key = ProgramKey(MIXED.bucket, sampled=sampled, logprobs=5)
+def test_the_mixed_program_scores_given_tokens():
+    flags = SamplingFlags(sampled=True, logprobs=5, scored=1)
 
-    _, outputs = builder().lower(key).out_info
+    _, outputs = builder().lower(ProgramKey(MIXED.bucket, flags=flags)).out_info
 
     assert outputs.tokens.shape == (8, 1)
     assert outputs.logprobs.top.shape == (8, 1, 5)
+    assert outputs.scores.top.shape == (512, 1)
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+def test_token_counts_are_aliased_and_cost_nothing_where_no_row_has_penalties(steps):
+    plain = compiled(ProgramKey(DECODE.bucket, steps))
+    counting = compiled(ProgramKey(DECODE.bucket, steps, SamplingFlags(penalties=True)))
+    counts = bytes_of_a_device(builder().counts_shape())
+
+    assert counting.alias_bytes == plain.alias_bytes + counts
+    assert counting.rewritten(at_least=MIB) == []
+    assert counting.temp_bytes <= temp_bound(CONFIG, ENGINE, [DECODE.bucket])
+
+
+def test_the_bound_covers_every_operation_on_logits_at_once():
+    flags = SamplingFlags(
+        sampled=True,
+        min_p=True,
+        top_k=True,
+        top_p=True,
+        penalties=True,
+        edits=16,
+        mask_words=-(-CONFIG.vocab_size // 32),
+        logprobs=20,
+    )
+    bucket = BUCKETS.decode(64, 8)
+
+    assert compiled(ProgramKey(bucket, flags=flags)).temp_bytes <= temp_bound(
+        CONFIG, ENGINE, [bucket]
+    )
 
 
 @pytest.mark.parametrize("key", [DECODE, DECODE_8, MIXED], ids=str)

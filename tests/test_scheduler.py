@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import EngineConfig
+from jaxllm.sequence import SampledLogprob
 from jaxllm.scheduler import SampledRow, Scheduler
 from tests.fake import VOCAB_SIZE, FakeDevice, generate, make_sequence
 
@@ -768,7 +769,7 @@ def test_each_token_keeps_its_logprobs():
     seq = make_sequence(prompt=[1, 2], stop_token_ids=[8], logprobs=1)
     scheduler.add(seq)
     plan = scheduler.schedule()
-    found = [(-0.1 * i, i, [i], [-0.1 * i]) for i in range(3)]
+    found = [SampledLogprob(-0.1 * i, i, [i], [-0.1 * i], [1]) for i in range(3)]
 
     scheduler.update(plan, [SampledRow([7, 8, 9], found)])
 

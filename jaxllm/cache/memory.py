@@ -84,6 +84,11 @@ def temp_bound(config: ModelConfig, engine: EngineConfig, buckets: Sequence[Buck
     return most + FIXED_TEMP
 
 
+def counts_bytes(config: ModelConfig, engine: EngineConfig) -> int:
+    """Returns the bytes of `DeviceState.token_counts`, over all devices."""
+    return (engine.max_num_seqs + 1) * config.vocab_size * 4
+
+
 def plan_memory(
     *,
     engine: EngineConfig,

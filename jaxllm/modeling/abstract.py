@@ -53,6 +53,7 @@ class AbstractModel:
     treedef: Any
     leaves: tuple[Leaf, ...]
     cache_specs: tuple[CacheSpec, ...]
+    vocab_size: int
 
     def merge(self, params: Sequence[jax.Array]) -> Decoder:
         """Returns the module over these parameters, one for each leaf, in order."""
@@ -94,7 +95,7 @@ def abstract_model(
     shapes, treedef = jax.tree.flatten(state)
     if [s.shape for s in shapes] != [leaf.shape.shape for leaf in leaves]:
         raise AssertionError("flat state and pytree leaves differ in order")
-    return AbstractModel(graph, treedef, leaves, model.cache_specs())
+    return AbstractModel(graph, treedef, leaves, model.cache_specs(), config.vocab_size)
 
 
 def _leaf(path: str, variable: nnx.Variable, sharder: Sharder) -> Leaf:

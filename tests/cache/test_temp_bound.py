@@ -8,6 +8,7 @@ import pytest
 from jaxllm.buckets import Buckets
 from jaxllm.cache.memory import FIXED_TEMP, temp_bound
 from jaxllm.config import EngineConfig
+from jaxllm.flags import SamplingFlags
 from jaxllm.modeling.abstract import abstract_model
 from jaxllm.modeling.config import ModelConfig, RopeConfig
 from jaxllm.modeling.decoder import Decoder
@@ -20,8 +21,17 @@ BUCKETS = Buckets(ENGINE)
 KEYS = [
     ProgramKey(BUCKETS.decode(2, 8)),
     ProgramKey(BUCKETS.decode(64, 256), steps=8),
-    ProgramKey(BUCKETS.decode(64, 8), sampled=True, logprobs=20),
+    ProgramKey(BUCKETS.decode(64, 8), flags=SamplingFlags(sampled=True, logprobs=20)),
+    ProgramKey(
+        BUCKETS.decode(64, 8),
+        flags=SamplingFlags(
+            sampled=True, min_p=True, top_k=True, top_p=True, penalties=True, edits=16
+        ),
+    ),
     ProgramKey(BUCKETS.mixed(1024, 64, 256, with_decodes=True)),
+    ProgramKey(
+        BUCKETS.mixed(1024, 64, 256, with_decodes=True), flags=SamplingFlags(scored=5)
+    ),
 ]
 
 
