@@ -41,14 +41,34 @@ def parse_prompts(prompts: Any) -> list[Prompt]:
     Raises:
         RequestError: Something in it is no prompt; the message says which and why.
     """
+    return [_parse(prompt, where) for prompt, where in _places(prompts)]
+
+
+def parse_each(prompts: Any) -> list[Prompt | RequestError]:
+    """Returns the prompts of a call, with the error in place of one that is none.
+
+    Raises:
+        RequestError: They are neither a prompt nor a sequence at all.
+    """
+    parsed: list[Prompt | RequestError] = []
+    for prompt, where in _places(prompts):
+        try:
+            parsed.append(_parse(prompt, where))
+        except RequestError as error:
+            parsed.append(error)
+    return parsed
+
+
+def _places(prompts: Any) -> list[tuple[Any, str]]:
+    """Returns each prompt with what to call it: the one there is, or those of a sequence."""
     if isinstance(prompts, (str, Mapping)) or _is_token_ids(prompts):
-        return [_parse(prompts, "the prompt")]
+        return [(prompts, "the prompt")]
     if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Sequence):
         raise RequestError(
             "Prompt should be a string, list of tokens, or dictionary, or a list of those; "
             f"got {type(prompts).__name__}."
         )
-    return [_parse(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+    return [(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
 
 
 def _is_token_ids(prompt: Any) -> bool:

@@ -9,7 +9,9 @@ import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
+
+from jaxllm.sampling_params import SamplingParams
 
 CONTEXT = 6
 """Prompt tokens decoded along with the output, so that a leading space survives."""
@@ -19,23 +21,6 @@ UNFINISHED = 3
 
 INCOMPLETE = "\ufffd"
 """What tokenizers put where the bytes so far are no whole character."""
-
-
-class TextParams(Protocol):
-    """What `SamplingParams` says about text."""
-
-    @property
-    def stop(self) -> Sequence[str]: ...  # noqa: D102
-    @property
-    def include_stop_str_in_output(self) -> bool: ...  # noqa: D102
-    @property
-    def min_tokens(self) -> int: ...  # noqa: D102
-    @property
-    def detokenize(self) -> bool: ...  # noqa: D102
-    @property
-    def skip_special_tokens(self) -> bool: ...  # noqa: D102
-    @property
-    def spaces_between_special_tokens(self) -> bool: ...  # noqa: D102
 
 
 class Detokenizer:
@@ -175,9 +160,11 @@ class TextStream:
             `skip_special_tokens` and `spaces_between_special_tokens`.
     """
 
-    def __init__(self, tokenizer: Any, prompt_token_ids: Sequence[int], params: TextParams) -> None:
+    def __init__(
+        self, tokenizer: Any, prompt_token_ids: Sequence[int], params: SamplingParams
+    ) -> None:
         self._detokenizer = _detokenizer(tokenizer, prompt_token_ids, params)
-        self._stop = tuple(params.stop)
+        self._stop = tuple(params.stop or ())
         self._longest = max(map(len, self._stop), default=0)
         self._includes_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
@@ -255,7 +242,7 @@ def text_of(
     tokenizer: Any,
     prompt_token_ids: Sequence[int],
     token_ids: Sequence[int],
-    params: TextParams,
+    params: SamplingParams,
     ends_with_stop_token: bool,
 ) -> str:
     """Returns the text of a whole sequence that no stop string ended, in one decode if it can.
@@ -316,7 +303,9 @@ def ids_of(tokenizer: Any) -> _Ids:
     return found
 
 
-def _detokenizer(tokenizer: Any, prompt: Sequence[int], params: TextParams) -> Detokenizer | None:
+def _detokenizer(
+    tokenizer: Any, prompt: Sequence[int], params: SamplingParams
+) -> Detokenizer | None:
     if tokenizer is None or not params.detokenize:
         return None
     return Detokenizer(

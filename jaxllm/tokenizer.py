@@ -73,7 +73,11 @@ def load_tokenizer(folder: Path, mode: str = "auto", trust_remote_code: bool = F
 
 
 def encode(
-    tokenizer: Any, text: str, kwargs: Mapping[str, Any] | None, max_model_len: int
+    tokenizer: Any,
+    text: str,
+    kwargs: Mapping[str, Any] | None,
+    max_model_len: int,
+    room: int = 0,
 ) -> list[int]:
     """Returns the token ids of a prompt's text, special tokens as the tokenizer adds them.
 
@@ -83,11 +87,12 @@ def encode(
         kwargs: vLLM's `tokenization_kwargs`; those that jaxllm does not know are left out,
             with a warning.
         max_model_len: Most tokens of a sequence.
+        room: Tokens to leave for the output where a prompt is cut to the model's length.
 
     Raises:
         RequestError: A value in `kwargs` is wrong, or the text cannot fit whatever its tokens.
     """
-    options = _options(kwargs, max_model_len)
+    options = _options(kwargs, max_model_len, room)
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -109,14 +114,17 @@ def encode(
 
 
 def truncate_tokens(
-    token_ids: Sequence[int], kwargs: Mapping[str, Any] | None, max_model_len: int
+    token_ids: Sequence[int],
+    kwargs: Mapping[str, Any] | None,
+    max_model_len: int,
+    room: int = 0,
 ) -> list[int]:
-    """Returns a prompt that came as token ids, cut as `kwargs` asks.
+    """Returns a prompt that came as token ids, cut as `kwargs` asks; see `encode`.
 
     Raises:
         RequestError: A value in `kwargs` is wrong, or there are more than its `max_length`.
     """
-    return _options(kwargs, max_model_len).cut(list(token_ids))
+    return _options(kwargs, max_model_len, room).cut(list(token_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +164,7 @@ LENGTHS = ("max_length", "truncate_prompt_tokens")
 """The keys that count tokens."""
 
 
-def _options(kwargs: Mapping[str, Any] | None, max_model_len: int) -> _Options:
+def _options(kwargs: Mapping[str, Any] | None, max_model_len: int, room: int) -> _Options:
     if not kwargs:
         return _Options()
     if not isinstance(kwargs, Mapping):
@@ -173,12 +181,13 @@ def _options(kwargs: Mapping[str, Any] | None, max_model_len: int) -> _Options:
     max_length = _length("max_length", kwargs, 1, max_model_len)
     limit = _length("truncate_prompt_tokens", kwargs, -1, max_model_len)
     truncation = kwargs.get("truncation")
+    models = max_model_len - room
     if limit == -1:
-        limit = max_model_len
+        limit = models
     if truncation == "do_not_truncate":
         limit = None
     elif truncation:
-        limit = min(limit or max_model_len, max_length or max_model_len)
+        limit = min(limit or models, max_length or models)
     return _Options(
         specials=kwargs.get("add_special_tokens"),
         lower_case=bool(kwargs.get("do_lower_case")),

@@ -171,6 +171,13 @@ def test_truncation_without_a_length_is_to_the_models(with_bos, kwargs):
     assert truncate_tokens([0, 1, 2, 3], kwargs, 2) == [2, 3]
 
 
+@pytest.mark.parametrize("kwargs", [{"truncate_prompt_tokens": -1}, {"truncation": True}])
+def test_truncation_to_the_models_length_leaves_room_for_the_output(with_bos, kwargs):
+    assert encode(with_bos, "a b c", kwargs, 4, room=1) == [1, 2, 3]
+    assert truncate_tokens([0, 1, 2, 3], kwargs, 4, room=1) == [1, 2, 3]
+    assert truncate_tokens([1, 2, 3], kwargs, 4, room=1) == [1, 2, 3]
+
+
 def test_text_is_made_lower_case_if_asked(with_bos):
     assert encode(with_bos, "A b", {"do_lower_case": True}, 10) == [0, 1, 2]
     assert encode(with_bos, "A b", None, 10) == [0, 4, 2]
