@@ -16,8 +16,8 @@ from jaxllm.sharding.apply import Sharder
 class Context:
     """Everything of one step that layers share."""
 
-    rope: tuple[jax.Array, jax.Array]
-    """Cosines and sines of the step's positions, float32 [T, D/2] each."""
+    rope: tuple[jax.Array, jax.Array] | None
+    """Cosines and sines of the step's positions, float32 [T, D/2] each; None: no rotation."""
 
     attend: Attend
     """Attention of the step's tokens: `(q, k, v, cache, spec) -> (out, cache)`."""

@@ -17,9 +17,10 @@ from jaxllm.cache.spec import CacheSpec
 from jaxllm.modeling.config import ModelConfig
 from jaxllm.modeling.context import Context
 from jaxllm.modeling.layers.attention import Attention
-from jaxllm.modeling.layers.embedding import Embedding
-from jaxllm.modeling.layers.mlp import GatedMLP
-from jaxllm.modeling.layers.norm import RMSNorm
+from jaxllm.modeling.layers.embedding import Embedding, PositionEmbedding
+from jaxllm.modeling.layers.linear import scaled
+from jaxllm.modeling.layers.mlp import mlp_layer
+from jaxllm.modeling.layers.norm import Norm, norm_layer
 from jaxllm.modeling.layers.rope import rope_tables
 from jaxllm.pallas_kernels.attention import Attend, LayerCache
 from jaxllm.sharding.apply import Sharder
@@ -31,29 +32,26 @@ class DecoderLayer(nnx.Module):
     def __init__(
         self, config: ModelConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        norm = functools.partial(
-            RMSNorm, config.embed_dim, eps=config.norm_eps, dtype=dtype, rngs=rngs
-        )
-        self.attn_norm = norm()
+        self.attn_norm = norm_layer(config, dtype=dtype, rngs=rngs)
         self.attn = Attention(config, layer, dtype=dtype, rngs=rngs)
-        self.mlp_norm = norm()
-        self.mlp = GatedMLP(
-            config.embed_dim,
-            config.mlp_dim,
-            activation=config.activation,
-            bias=config.mlp_bias,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.mlp_norm = norm_layer(config, dtype=dtype, rngs=rngs)
+        self.mlp = mlp_layer(config, dtype=dtype, rngs=rngs)
+        self.residual_scale = config.residual_scale
 
     def __call__(
         self, x: jax.Array, cache: LayerCache, ctx: Context
     ) -> tuple[jax.Array, LayerCache]:
         """[T, E] and this layer's cache -> [T, E] and the cache, written."""
         attended, cache = self.attn(self.attn_norm(x), cache, ctx)
-        x = ctx.sharder.pin(x + attended, "tokens", "embed")
-        x = ctx.sharder.pin(x + self.mlp(self.mlp_norm(x)), "tokens", "embed")
+        x = self.add(x, attended, ctx)
+        x = self.add(x, self.mlp(self.mlp_norm(x)), ctx)
         return x, cache
+
+    def add(self, x: jax.Array, branch: jax.Array, ctx: Context) -> jax.Array:
+        """Returns the residual stream with a branch added, [T, E] each."""
+        if self.residual_scale is not None:
+            branch = scaled(branch, self.residual_scale)
+        return ctx.sharder.pin(x + branch, "tokens", "embed")
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -67,18 +65,34 @@ def _run_layer(
 class Decoder(nnx.Module):
     """A decoder-only language model."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        layer: type[DecoderLayer] = DecoderLayer,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Declares the model; `layer` is the class of its layers."""
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.embed_dim, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List(
-            [DecoderLayer(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)]
-        )
-        self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.head = (
+        sizes = (config.vocab_size, config.embed_dim)
+        self.embed = Embedding(*sizes, scale=config.embed_scale, dtype=dtype, rngs=rngs)
+        self.positions = (
             None
-            if config.tie_embeddings
-            else Embedding(config.vocab_size, config.embed_dim, dtype=dtype, rngs=rngs)
+            if config.position_offset is None
+            else PositionEmbedding(
+                config.max_position,
+                config.embed_dim,
+                offset=config.position_offset,
+                dtype=dtype,
+                rngs=rngs,
+            )
         )
+        self.layers = nnx.List(
+            [layer(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)]
+        )
+        self.norm: Norm | None = norm_layer(config, dtype=dtype, rngs=rngs)
+        self.head = None if config.tie_embeddings else Embedding(*sizes, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -100,19 +114,26 @@ class Decoder(nnx.Module):
         Returns:
             The hidden states after the final norm [T, E], and the caches.
         """
-        rope = rope_tables(self.config.rope, self.config.head_dim, positions)
+        config = self.config
+        rope = rope_tables(config.rope, config.head_dim, positions) if config.rope else None
         ctx = Context(rope=rope, attend=attend, sharder=sharder)
-        x = sharder.pin(self.embed(tokens), "tokens", "embed")
+        x = sharder.pin(self.embedded(tokens, positions), "tokens", "embed")
         written = []
         for layer, cache in zip(self.layers, caches, strict=True):
             x, cache = _run_layer(*nnx.split(layer), x, cache, ctx)
             written.append(cache)
-        return self.norm(x), tuple(written)
+        return x if self.norm is None else self.norm(x), tuple(written)
+
+    def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """int32 [T] twice -> what the first layer reads, [T, E]."""
+        x = self.embed(tokens)
+        return x if self.positions is None else x + self.positions(positions)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[R, E] -> float32 [R, V]."""
         logits = (self.head or self.embed).logits(hidden)
-        cap = self.config.logit_softcap
+        cap, divisor = self.config.logit_softcap, self.config.logit_divisor
+        logits = logits if divisor is None else logits / divisor
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def cache_specs(self) -> tuple[CacheSpec, ...]:

@@ -20,14 +20,20 @@ ROPE_KEYS = {
     "mscale": "mscale",
     "mscale_all_dim": "mscale_all_dim",
     "truncate": "truncate",
+    "short_factor": "short_factors",
+    "long_factor": "long_factors",
 }
 
 # Kinds whose `max_position_embeddings` states the scaled length already.
-SCALED_ALREADY = ("llama3", "yarn", "longrope")
+SCALED_ALREADY = ("default", "llama3", "yarn", "longrope", "proportional")
 
 
-def rope_from_hf(hf: PreTrainedConfig) -> RopeConfig:
+def rope_from_hf(hf: PreTrainedConfig, *, partial: bool = False) -> RopeConfig:
     """Returns the rotary embedding of a config, whose spelling transformers has unified.
+
+    Args:
+        hf: The config.
+        partial: Whether the family can rotate a part of each head only.
 
     Raises:
         UnsupportedModelError: The scaling, or one of its keys, is not implemented.
@@ -40,39 +46,61 @@ def rope_from_hf(hf: PreTrainedConfig) -> RopeConfig:
             f"rope_parameters has rope_type={kind!r}, which jaxllm does not implement. "
             f"It has {sorted(KINDS)}."
         )
-    unknown = sorted(set(given) - set(ROPE_KEYS))
+    keys = dict(ROPE_KEYS)
+    if partial or kind == "proportional":
+        keys["partial_rotary_factor"] = "partial"
+    unknown = sorted(set(given) - set(keys))
     if unknown:
         raise UnsupportedModelError(
             f"rope_parameters has {unknown}, which jaxllm does not read; a model that needs "
-            f"them would be silently wrong. It reads {sorted(ROPE_KEYS)}."
+            f"them would be silently wrong. It reads {sorted(keys)}."
         )
-    if kind == "yarn" and "factor" not in given:
+    if kind in ("yarn", "longrope") and "factor" not in given:
         given["factor"] = hf.max_position_embeddings / given["original_max_position_embeddings"]
-    fields = {ROPE_KEYS[key]: value for key, value in given.items()}
-    return RopeConfig(kind=kind, **fields)
+    if kind == "dynamic":
+        given["original_max_position_embeddings"] = hf.max_position_embeddings
+    fields = {keys[k]: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    rope = RopeConfig(kind=kind, **fields)
+    _check_factors(rope, rope.rotary_dim(head_dim_from_hf(hf)) // 2)
+    return rope
 
 
-def activation_from_hf(hf: PreTrainedConfig) -> str:
-    """Returns the activation of the feed-forward layers.
+def _check_factors(rope: RopeConfig, num_pairs: int) -> None:
+    sizes = {"short_factor": len(rope.short_factors), "long_factor": len(rope.long_factors)}
+    wrong = {name: size for name, size in sizes.items() if size != num_pairs}
+    if rope.kind == "longrope" and wrong:
+        raise UnsupportedModelError(
+            f"rope_parameters has {wrong} numbers, and a head here rotates {num_pairs} pairs of "
+            "dimensions: each needs its own."
+        )
+
+
+def head_dim_from_hf(hf: PreTrainedConfig) -> int:
+    """Returns the size of a head, stated or derived."""
+    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+
+
+def activation_from_hf(hf: PreTrainedConfig, field: str = "hidden_act") -> str:
+    """Returns the activation of the feed-forward layers, from a field of the config.
 
     Raises:
         UnsupportedModelError: It is not implemented.
     """
-    if hf.hidden_act not in ACTIVATIONS:
+    name = getattr(hf, field)
+    if name not in ACTIVATIONS:
         raise UnsupportedModelError(
-            f"config.json has hidden_act={hf.hidden_act!r}, which jaxllm does not implement. "
+            f"config.json has {field}={name!r}, which jaxllm does not implement. "
             f"It has {sorted(ACTIVATIONS)}."
         )
-    return hf.hidden_act
+    return name
 
 
 def derived_max_position(hf: PreTrainedConfig) -> int:
     """Returns the longest sequence of a config, in tokens, rope scaling included."""
     rope = hf.rope_parameters or {}
-    kind, factor = rope.get("rope_type", "default"), rope.get("factor") or 1.0
-    if kind in SCALED_ALREADY or kind == "default":
+    if rope.get("rope_type", "default") in SCALED_ALREADY:
         return hf.max_position_embeddings
-    return int(hf.max_position_embeddings * factor)
+    return int(hf.max_position_embeddings * (rope.get("factor") or 1.0))
 
 
 def windows_from_hf(hf: PreTrainedConfig) -> tuple[int | None, ...] | None:

@@ -7,6 +7,7 @@ from jaxllm.modeling.decoder import Decoder
 from jaxllm.modeling.families.common import (
     activation_from_hf,
     derived_max_position,
+    head_dim_from_hf,
     rope_from_hf,
 )
 from jaxllm.modeling.weights import Weight
@@ -55,8 +56,14 @@ WEIGHTS = (
 )
 
 
-def config_from_hf(hf: PreTrainedConfig) -> ModelConfig:
-    """Returns the sizes and options of a `LlamaConfig`."""
+def config_from_hf(hf: PreTrainedConfig, *, activation: str = "hidden_act") -> ModelConfig:
+    """Returns the sizes and options of a `LlamaConfig`, or of one that is much like it.
+
+    Args:
+        hf: The config; options that its class does not know are off.
+        activation: The field that names the activation.
+    """
+    attention_bias = getattr(hf, "attention_bias", False)
     return ModelConfig(
         family="llama",
         vocab_size=hf.vocab_size,
@@ -65,13 +72,13 @@ def config_from_hf(hf: PreTrainedConfig) -> ModelConfig:
         num_layers=hf.num_hidden_layers,
         num_heads=hf.num_attention_heads,
         num_kv_heads=hf.num_key_value_heads or hf.num_attention_heads,
-        head_dim=hf.head_dim or hf.hidden_size // hf.num_attention_heads,
+        head_dim=head_dim_from_hf(hf),
         max_position=derived_max_position(hf),
         norm_eps=hf.rms_norm_eps,
-        activation=activation_from_hf(hf),
+        activation=activation_from_hf(hf, activation),
         rope=rope_from_hf(hf),
         tie_embeddings=hf.tie_word_embeddings,
-        qkv_bias=hf.attention_bias,
-        o_bias=hf.attention_bias,
-        mlp_bias=hf.mlp_bias,
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=getattr(hf, "mlp_bias", False),
     )

@@ -29,6 +29,5 @@ WEIGHTS = (
 
 def config_from_hf(hf: PreTrainedConfig) -> ModelConfig:
     """Returns the sizes and options of a `Qwen3Config`."""
-    hf.mlp_bias = False  # the class has no such field; Llama's reader asks for it
     config = llama.config_from_hf(hf)
     return dataclasses.replace(config, family="qwen3", qk_norm=True, windows=windows_from_hf(hf))

@@ -7,13 +7,13 @@ from jax.typing import DTypeLike
 from jaxllm.modeling.config import ModelConfig
 from jaxllm.modeling.context import Context
 from jaxllm.modeling.layers.linear import Linear
-from jaxllm.modeling.layers.norm import RMSNorm
+from jaxllm.modeling.layers.norm import head_norm_layer
 from jaxllm.modeling.layers.rope import rotate
 from jaxllm.pallas_kernels.attention import AttentionSpec, LayerCache
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions.
+    """Grouped-query attention, with rotary positions where the step has them.
 
     Queries, keys and values are one weight `[K, G+2, D, E]`: a KV head with its
     query heads lies together, so a device that owns the KV head owns them all.
@@ -38,16 +38,13 @@ class Attention(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        norms = [
-            RMSNorm(config.head_dim, axis="head_dim", eps=config.norm_eps, dtype=dtype, rngs=rngs)
-            if config.qk_norm
-            else None
+        self.q_norm, self.k_norm = (
+            head_norm_layer(config, dtype=dtype, rngs=rngs) if config.qk_norm else None
             for _ in range(2)
-        ]
-        self.q_norm, self.k_norm = norms
+        )
         self.group_size = group
         self.spec = AttentionSpec(
-            scale=config.attn_scale or config.head_dim**-0.5,
+            scale=config.attn_scale(layer),
             window=config.window(layer),
             softcap=config.attn_softcap,
         )
@@ -61,7 +58,8 @@ class Attention(nnx.Module):
         k, v = qkv[:, :, self.group_size], qkv[:, :, self.group_size + 1]  # [T, K, D]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
+        if ctx.rope is not None:
+            q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
         q = q.reshape(q.shape[0], -1, q.shape[-1])  # [T, H, D]
         out, cache = ctx.attend(q, k, v, cache, self.spec)
         return self.o(out), cache

@@ -62,6 +62,11 @@ def contract(
     return y.reshape(*lead, *out)
 
 
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """Returns `x * factor` in the dtype of `x`, rounded once."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 class Linear(nnx.Module):
     """`x @ weight.T + bias` over named axes, one or several maps in one array.
 

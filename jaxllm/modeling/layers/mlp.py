@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxllm.modeling.config import ModelConfig
 from jaxllm.modeling.layers.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -50,3 +51,43 @@ class GatedMLP(nnx.Module):
         gate_up = self.gate_up(x)  # [T, F, 2]
         gate, up = gate_up[..., 0], gate_up[..., 1]  # [T, F]
         return self.down(ACTIVATIONS[self.activation](gate) * up)
+
+
+class MLP(nnx.Module):
+    """`down(activation(up(x)))`: the feed-forward of the first transformers."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        mlp_dim: int,
+        *,
+        activation: str,
+        bias: bool = False,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.up = Linear({"embed": embed_dim}, {"mlp": mlp_dim}, bias=bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(
+            {"mlp": mlp_dim}, {"embed": embed_dim}, bias=bias, dtype=dtype, rngs=rngs
+        )
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[T, E] -> [T, E]."""
+        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
+MLPS: dict[str, Callable[..., GatedMLP | MLP]] = {"gated": GatedMLP, "plain": MLP}
+"""By `ModelConfig.mlp`."""
+
+
+def mlp_layer(config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> GatedMLP | MLP:
+    """Returns the feed-forward of one layer."""
+    return MLPS[config.mlp](
+        config.embed_dim,
+        config.mlp_dim,
+        activation=config.activation,
+        bias=config.mlp_bias,
+        dtype=dtype,
+        rngs=rngs,
+    )

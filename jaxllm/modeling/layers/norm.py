@@ -1,9 +1,14 @@
 """Normalisation, always computed in float32."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+
+from jaxllm.modeling.config import ModelConfig
 
 
 class RMSNorm(nnx.Module):
@@ -18,7 +23,82 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., E] -> [..., E], of the dtype of `x`."""
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         # transformers rounds to the model's dtype before it scales, so we do too.
-        return x32.astype(x.dtype) * jnp.broadcast_to(self.scale[...], x.shape)
+        x = _over_rms(x, self.eps).astype(x.dtype)
+        return x * jnp.broadcast_to(self.scale[...], x.shape)
+
+
+class OffsetRMSNorm(nnx.Module):
+    """`x / rms(x) * (1 + offset)` over the last axis, rounded once."""
+
+    def __init__(
+        self, size: int, *, axis: str = "embed", eps: float, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        del rngs
+        self.offset = nnx.Param(jnp.zeros((size,), dtype), axes=(axis,), num_in=0, parts=())
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., E] -> [..., E], of the dtype of `x`."""
+        scale = 1 + self.offset[...].astype(jnp.float32)
+        return (_over_rms(x, self.eps) * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`(x - mean(x)) / std(x) * scale + bias` over the last axis (arXiv:1607.06450)."""
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        axis: str = "embed",
+        eps: float,
+        affine: bool = True,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Declares the norm; without `affine` it has neither scale nor bias."""
+        del rngs
+        about = {"axes": (axis,), "num_in": 0, "parts": ()}
+        self.scale = nnx.Param(jnp.ones((size,), dtype), **about) if affine else None
+        self.bias = nnx.Param(jnp.zeros((size,), dtype), **about) if affine else None
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., E] -> [..., E], of the dtype of `x`."""
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        x32 = _over_rms(x32, self.eps)
+        if self.scale is not None:
+            x32 = x32 * jnp.broadcast_to(self.scale[...].astype(jnp.float32), x.shape)
+        if self.bias is not None:
+            x32 = x32 + jnp.broadcast_to(self.bias[...].astype(jnp.float32), x.shape)
+        return x32.astype(x.dtype)
+
+
+def _over_rms(x: jax.Array, eps: float) -> jax.Array:
+    """[..., E] -> float32 [..., E], of mean square 1."""
+    x32 = x.astype(jnp.float32)
+    return x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+
+
+Norm = RMSNorm | OffsetRMSNorm | LayerNorm
+
+NORMS: dict[str, Callable[..., Norm]] = {
+    "rms": RMSNorm,
+    "rms_offset": OffsetRMSNorm,
+    "layer": LayerNorm,
+    "layer_plain": functools.partial(LayerNorm, affine=False),
+}
+"""By `ModelConfig.norm`."""
+
+
+def norm_layer(config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Norm:
+    """Returns a norm of the residual stream."""
+    return NORMS[config.norm](config.embed_dim, eps=config.norm_eps, dtype=dtype, rngs=rngs)
+
+
+def head_norm_layer(config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Norm:
+    """Returns a norm of query or key heads."""
+    norm = NORMS[config.norm]
+    return norm(config.head_dim, axis="head_dim", eps=config.norm_eps, dtype=dtype, rngs=rngs)

@@ -18,19 +18,50 @@ F32 = np.float32
 Frequencies = tuple[np.ndarray, float]
 
 
-def _default(rope: RopeConfig, dim: int) -> Frequencies:
+def _default(rope: RopeConfig, head_dim: int) -> Frequencies:
+    return _powers(rope.theta, rope.rotary_dim(head_dim)), 1.0
+
+
+def _powers(theta: float, dim: int) -> np.ndarray:
     exponents = np.arange(0, dim, 2, dtype=F32) / F32(dim)
-    return F32(1.0) / np.power(F32(rope.theta), exponents), 1.0
+    return F32(1.0) / np.power(F32(theta), exponents)
 
 
-def _linear(rope: RopeConfig, dim: int) -> Frequencies:
-    inv_freq, scale = _default(rope, dim)
+def _linear(rope: RopeConfig, head_dim: int) -> Frequencies:
+    inv_freq, scale = _default(rope, head_dim)
     return inv_freq / F32(rope.factor), scale
 
 
-def _llama3(rope: RopeConfig, dim: int) -> Frequencies:
+def _dynamic(rope: RopeConfig, head_dim: int) -> Frequencies:
+    """NTK: a larger theta where sequences may be longer than the original context."""
+    dim = rope.rotary_dim(head_dim)
+    ratio = max(rope.length, rope.original_max_position) / rope.original_max_position
+    stretch = (rope.factor * ratio - (rope.factor - 1)) ** (dim / (dim - 2))
+    return _powers(rope.theta * stretch, dim), 1.0
+
+
+def _longrope(rope: RopeConfig, head_dim: int) -> Frequencies:
+    """LongRoPE (arXiv:2402.13753): a divisor for each frequency, of two tables."""
+    is_long = rope.length > rope.original_max_position
+    divisors = np.asarray(rope.long_factors if is_long else rope.short_factors, F32)
+    inv_freq, scale = _default(rope, head_dim)
+    if rope.attention_factor is not None:
+        scale = rope.attention_factor
+    elif rope.factor > 1:
+        scale = math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_position))
+    return inv_freq / divisors, scale
+
+
+def _proportional(rope: RopeConfig, head_dim: int) -> Frequencies:
+    """The fastest part of all a head's frequencies; the other dimensions stand still."""
+    inv_freq = _powers(rope.theta, head_dim) / F32(rope.factor)
+    turning = int(rope.partial * head_dim // 2)
+    return np.where(np.arange(head_dim // 2) < turning, inv_freq, F32(0)), 1.0
+
+
+def _llama3(rope: RopeConfig, head_dim: int) -> Frequencies:
     """Llama 3.1: slow frequencies divided by `factor`, with a smooth step between."""
-    inv_freq, scale = _default(rope, dim)
+    inv_freq, scale = _default(rope, head_dim)
     wavelen = F32(2 * math.pi) / inv_freq
     low_wavelen = rope.original_max_position / rope.low_freq_factor
     high_wavelen = rope.original_max_position / rope.high_freq_factor
@@ -43,8 +74,9 @@ def _llama3(rope: RopeConfig, dim: int) -> Frequencies:
     return np.where(medium, blended, scaled).astype(F32), scale
 
 
-def _yarn(rope: RopeConfig, dim: int) -> Frequencies:
+def _yarn(rope: RopeConfig, head_dim: int) -> Frequencies:
     """YaRN (arXiv:2309.00071)."""
+    dim = rope.rotary_dim(head_dim)
 
     def dim_of(rotations: float) -> float:
         span = rope.original_max_position / (rotations * 2 * math.pi)
@@ -57,7 +89,7 @@ def _yarn(rope: RopeConfig, dim: int) -> Frequencies:
     high = high + 0.001 if low == high else high
     ramp = np.clip((np.arange(dim // 2, dtype=F32) - F32(low)) / F32(high - low), 0, 1)
 
-    inv_freq, _ = _default(rope, dim)
+    inv_freq, _ = _default(rope, head_dim)
     keep = F32(1) - ramp  # 1 where a dimension turns fast and is left alone
     mixed = inv_freq / F32(rope.factor) * (F32(1) - keep) + inv_freq * keep
     return mixed.astype(F32), _yarn_attention_factor(rope)
@@ -79,6 +111,9 @@ KINDS: dict[str, Callable[[RopeConfig, int], Frequencies]] = {
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
+    "dynamic": _dynamic,
+    "longrope": _longrope,
+    "proportional": _proportional,
 }
 
 
@@ -89,11 +124,11 @@ def rope_tables(
 
     Args:
         rope: Which scaling, with its numbers.
-        head_dim: Rotated size of a head (D).
+        head_dim: Size of a head (D).
         positions: int32 [T].
 
     Returns:
-        Two float32 [T, D/2].
+        Two float32 [T, D/2]; narrower where a part of each head is rotated.
     """
     inv_freq, scale = KINDS[rope.kind](rope, head_dim)
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(inv_freq)[None, :]
@@ -101,18 +136,20 @@ def rope_tables(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates each head: dimension i is paired with i + D/2.
+    """Rotates each head: of its first N dimensions, i is paired with i + N/2.
 
     Args:
         x: [T, ..., D].
-        cos: float32 [T, D/2].
-        sin: float32 [T, D/2].
+        cos: float32 [T, N/2]; what lies beyond N is left as it is.
+        sin: float32 [T, N/2].
 
     Returns:
         The same shape and dtype as `x`.
     """
+    half = cos.shape[1]
     middle = (1,) * (x.ndim - 2)
-    cos, sin = (t.reshape(t.shape[0], *middle, t.shape[1]) for t in (cos, sin))
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
+    cos, sin = (t.reshape(t.shape[0], *middle, half) for t in (cos, sin))
+    x32 = x.astype(jnp.float32)
+    first, second, rest = x32[..., :half], x32[..., half : 2 * half], x32[..., 2 * half :]
+    turned = (first * cos - second * sin, second * cos + first * sin, rest)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
