@@ -25,22 +25,24 @@ def to_checkpoint(
         table: The family's `WEIGHTS`.
 
     Raises:
-        CheckpointError: A leaf has no line in the table, or one with a transform,
-            which cannot be undone.
+        CheckpointError: A leaf has no line in the table.
     """
     lines = {line.path: line for line in table}
     tensors: dict[str, np.ndarray] = {}
     for leaf, param in zip(model.leaves, params, strict=True):
         layer = re.search(r"\.(\d+)\.", leaf.path)
         line = lines.get(re.sub(r"\.\d+\.", ".{i}.", leaf.path))
-        if line is None or line.transform is not None:
+        if line is None:
             raise CheckpointError(
-                f"{leaf.path!r} cannot be written: the weight table has "
-                f"{'no line for it' if line is None else 'a transform there'}. "
-                "Give a table whose lines name tensors and nothing more."
+                f"{leaf.path!r} cannot be written: the weight table has no line for it. "
+                "Give the table of the model's own family."
             )
         names = [name.format(i=layer[1] if layer else "") for name in line.names]
-        tensors |= zip(names, _split(leaf, np.asarray(param)), strict=True)
+        parts = _split(leaf, np.asarray(param))
+        if len(names) == 1:
+            parts = [np.concatenate(parts)]
+        undo = line.transform or (lambda part: part)
+        tensors |= zip(names, map(undo, parts), strict=True)
     return tensors
 
 

@@ -61,10 +61,12 @@ class Weight:
 
         Args:
             names: In the checkpoint; `{i}` is the layer. Several are the parts of
-                a fused parameter, in its order.
+                a fused parameter, in its order; one that is fused itself holds all
+                parts, one after the other along its outputs.
             path: Of the parameter, with the same `{i}`.
             transform: Applied to each tensor before its shape is checked; must
-                return a view (a transpose, say), so that slices stay cheap.
+                return a view, so that slices stay cheap, and undo itself: a
+                transpose, say.
         """
         self.names = (names,) if isinstance(names, str) else tuple(names)
         self.path = path
@@ -105,6 +107,15 @@ class Checkpoint:
                         f"{str(folder)!r}. Delete the file that does not belong to the model."
                     )
                 self.tensors[name] = tensor
+
+    def find(self, name: str) -> str | None:
+        """Returns the name that a tensor has here, if it is here.
+
+        A checkpoint saved without the output head lacks the first part of most names:
+        `h.0.ln_1.weight` for `transformer.h.0.ln_1.weight`.
+        """
+        short = name.partition(".")[2]
+        return next((n for n in (name, short) if n in self.tensors), None)
 
     def dtype(self) -> str:
         """Returns safetensors' name of the element type that most bytes have."""
@@ -227,7 +238,11 @@ class Source:
         views = [tensor.view() for tensor in self.tensors]
         if self.transform:
             views = [self.transform(view) for view in views]
-        return [v.reshape(s) for v, s in zip(views, part_shapes(self.leaf), strict=True)]
+        shapes = part_shapes(self.leaf)
+        if len(views) == 1:
+            sizes = [stored_shape(shape, self.leaf.num_in)[0] for shape in shapes]
+            views = np.split(views[0], np.cumsum(sizes)[:-1])
+        return [v.reshape(s) for v, s in zip(views, shapes, strict=True)]
 
     def read(self, index: tuple[slice, ...] | None) -> np.ndarray:
         """Returns one shard of the parameter, in its dtype; all of it for None."""
@@ -265,6 +280,14 @@ def stored_shape(part: tuple[int, ...], num_in: int) -> tuple[int, ...]:
     return (math.prod(part[:split]), math.prod(part[split:]))
 
 
+def stored_shapes(leaf: Leaf, num_tensors: int) -> list[tuple[int, ...]]:
+    """Returns the shapes of a parameter's tensors in a checkpoint, transforms undone."""
+    shapes = [stored_shape(part, leaf.num_in) for part in part_shapes(leaf)]
+    if num_tensors == 1:
+        return [(sum(shape[0] for shape in shapes), *shapes[0][1:])]
+    return shapes
+
+
 def match(
     model: AbstractModel,
     checkpoint: Checkpoint,
@@ -283,16 +306,17 @@ def match(
         line = lines.get(re.sub(r"\.\d+\.", ".{i}.", leaf.path))
         layer = re.search(r"\.(\d+)\.", leaf.path)
         names = [n.format(i=layer[1] if layer else "") for n in line.names] if line else []
-        missing = [name for name in names if name not in checkpoint.tensors]
-        used.update(names)
+        found = [name for name in map(checkpoint.find, names) if name]
+        missing = [name for name in names if not checkpoint.find(name)]
+        used.update(found)
         if line is None:
             problems.append(f"no line of the weight table fills {leaf.path!r}")
         elif missing:
             problems += [f"{name!r} is missing" for name in missing]
         else:
-            tensors = tuple(checkpoint.tensors[name] for name in names)
+            tensors = tuple(checkpoint.tensors[name] for name in found)
             source = Source(leaf, tensors, line.transform)
-            problems += _wrong_shapes(source, names)
+            problems += _wrong_shapes(source, found)
             sources.append(source)
     extra = [
         name
@@ -311,8 +335,8 @@ def match(
 
 def _wrong_shapes(source: Source, names: Sequence[str]) -> list[str]:
     problems = []
-    for name, tensor, part in zip(names, source.tensors, part_shapes(source.leaf), strict=True):
-        want = stored_shape(part, source.leaf.num_in)
+    wanted = stored_shapes(source.leaf, len(names))
+    for name, tensor, want in zip(names, source.tensors, wanted, strict=True):
         have = _shape(source, tensor)
         if have != want:
             problems.append(f"{name!r} has shape {list(have)} and the config asks for {list(want)}")
@@ -360,9 +384,10 @@ def load(sources: Sequence[Source], report: Callable[[int], object]) -> tuple[ja
 
 def ties_differ(checkpoint: Checkpoint, head: str, embedding: str) -> bool:
     """Whether a checkpoint holds an output head of its own beside the embedding."""
-    if head not in checkpoint.tensors or embedding not in checkpoint.tensors:
+    head, table = checkpoint.find(head), checkpoint.find(embedding)
+    if head is None or table is None:
         return False
-    one, other = checkpoint.tensors[head].view(), checkpoint.tensors[embedding].view()
+    one, other = checkpoint.tensors[head].view(), checkpoint.tensors[table].view()
     if one.shape != other.shape:
         return True
     rows = max(1, (8 << 20) // max(1, one[0].nbytes))  # compared 8 MB at a time
