@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
-from transformers import LlamaConfig, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from jaxllm.demo.export import to_checkpoint
 from jaxllm.modeling import registry
@@ -36,10 +45,50 @@ SIZES = {
     "pad_token_id": None,
 }
 
+
+def opt_config(**sizes):
+    """An OPTConfig of sizes in Llama's names."""
+    names = {"intermediate_size": "ffn_dim", "initializer_range": "init_std"}
+    return OPTConfig(**{names.get(k, k): v for k, v in sizes.items() if "key_value" not in k})
+
+
+def gpt2_config(**sizes):
+    """A GPT2Config of sizes in Llama's names."""
+    names = {"intermediate_size": "n_inner"}
+    return GPT2Config(**{names.get(k, k): v for k, v in sizes.items() if "key_value" not in k})
+
+
 CONFIGS = {
     "llama": (LlamaConfig, {"architectures": ["LlamaForCausalLM"]}),
     "qwen3": (Qwen3Config, {"architectures": ["Qwen3ForCausalLM"], "head_dim": 8}),
+    "qwen2": (Qwen2Config, {"architectures": ["Qwen2ForCausalLM"]}),
+    "mistral": (MistralConfig, {"architectures": ["MistralForCausalLM"], "sliding_window": 24}),
+    "granite": (
+        GraniteConfig,
+        {
+            "architectures": ["GraniteForCausalLM"],
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.4,
+            "logits_scaling": 0.8,
+        },
+    ),
+    "gemma2": (
+        Gemma2Config,
+        {
+            "architectures": ["Gemma2ForCausalLM"],
+            "head_dim": 8,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": 24,
+            "attn_logit_softcapping": 4.0,
+            "final_logit_softcapping": 6.0,
+        },
+    ),
+    "gpt2": (gpt2_config, {"architectures": ["GPT2LMHeadModel"]}),
+    # Narrow embeddings, so that every line of the weight table has a parameter.
+    "opt": (opt_config, {"architectures": ["OPTForCausalLM"], "word_embed_proj_dim": 24}),
 }
+"""By family: its config class, and what it needs beside `SIZES`."""
 
 
 def sharder() -> Sharder:
