@@ -21,7 +21,13 @@ from jaxllm.modeling.weights import Weight
 
 # Architecture name in config.json -> module in `families`.
 ARCHITECTURES: dict[str, str] = {
+    "GPT2LMHeadModel": "gpt2",
+    "Gemma2ForCausalLM": "gemma2",
+    "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "OPTForCausalLM": "opt",
+    "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
 
@@ -29,16 +35,22 @@ ARCHITECTURES: dict[str, str] = {
 NEUTRAL_FIELDS = frozenset(
     {
         "_name_or_path",
+        "activation_dropout",
         "architectures",
         "attention_dropout",
+        "attn_pdrop",
         "bos_token_id",
         "chunk_size_feed_forward",
+        "dropout",
         "dtype",
+        "embd_pdrop",
         "eos_token_id",
         "id2label",
+        "init_std",
         "initializer_range",
         "is_encoder_decoder",
         "label2id",
+        "layerdrop",
         "model_type",
         "output_attentions",
         "output_hidden_states",
@@ -46,7 +58,13 @@ NEUTRAL_FIELDS = frozenset(
         "pretraining_tp",
         "problem_type",
         "quantization_config",  # refused by `read_hf_config` unless it is null
+        "resid_pdrop",
         "return_dict",
+        "summary_activation",  # of classification heads
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
         "torch_dtype",
         "transformers_version",
         "use_cache",
