@@ -384,10 +384,10 @@ def load(sources: Sequence[Source], report: Callable[[int], object]) -> tuple[ja
 
 def ties_differ(checkpoint: Checkpoint, head: str, embedding: str) -> bool:
     """Whether a checkpoint holds an output head of its own beside the embedding."""
-    head, table = checkpoint.find(head), checkpoint.find(embedding)
-    if head is None or table is None:
+    found = [checkpoint.tensors[n].view() for n in map(checkpoint.find, (head, embedding)) if n]
+    if len(found) < 2:
         return False
-    one, other = checkpoint.tensors[head].view(), checkpoint.tensors[table].view()
+    one, other = found
     if one.shape != other.shape:
         return True
     rows = max(1, (8 << 20) // max(1, one[0].nbytes))  # compared 8 MB at a time

@@ -1,5 +1,7 @@
 """Readings of a Hugging Face config that several families share."""
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 from jaxllm.errors import UnsupportedModelError
@@ -59,7 +61,10 @@ def rope_from_hf(hf: PreTrainedConfig, *, partial: bool = False) -> RopeConfig:
         given["factor"] = hf.max_position_embeddings / given["original_max_position_embeddings"]
     if kind == "dynamic":
         given["original_max_position_embeddings"] = hf.max_position_embeddings
-    fields = {keys[k]: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    fields: dict[str, Any] = {
+        keys[key]: tuple(value) if isinstance(value, list) else value
+        for key, value in given.items()
+    }
     rope = RopeConfig(kind=kind, **fields)
     _check_factors(rope, rope.rotary_dim(head_dim_from_hf(hf)) // 2)
     return rope

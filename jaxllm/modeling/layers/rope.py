@@ -19,12 +19,12 @@ Frequencies = tuple[np.ndarray, float]
 
 
 def _default(rope: RopeConfig, head_dim: int) -> Frequencies:
-    return _powers(rope.theta, rope.rotary_dim(head_dim)), 1.0
+    return F32(1.0) / _powers(rope.theta, rope.rotary_dim(head_dim)), 1.0
 
 
 def _powers(theta: float, dim: int) -> np.ndarray:
-    exponents = np.arange(0, dim, 2, dtype=F32) / F32(dim)
-    return F32(1.0) / np.power(F32(theta), exponents)
+    """Returns the wavelength of each pair of dimensions, in radians: 1 to `theta`."""
+    return np.power(F32(theta), np.arange(0, dim, 2, dtype=F32) / F32(dim))
 
 
 def _linear(rope: RopeConfig, head_dim: int) -> Frequencies:
@@ -37,24 +37,23 @@ def _dynamic(rope: RopeConfig, head_dim: int) -> Frequencies:
     dim = rope.rotary_dim(head_dim)
     ratio = max(rope.length, rope.original_max_position) / rope.original_max_position
     stretch = (rope.factor * ratio - (rope.factor - 1)) ** (dim / (dim - 2))
-    return _powers(rope.theta * stretch, dim), 1.0
+    return F32(1.0) / _powers(rope.theta * stretch, dim), 1.0
 
 
 def _longrope(rope: RopeConfig, head_dim: int) -> Frequencies:
     """LongRoPE (arXiv:2402.13753): a divisor for each frequency, of two tables."""
     is_long = rope.length > rope.original_max_position
     divisors = np.asarray(rope.long_factors if is_long else rope.short_factors, F32)
-    inv_freq, scale = _default(rope, head_dim)
+    inv_freq = F32(1.0) / (divisors * _powers(rope.theta, rope.rotary_dim(head_dim)))
     if rope.attention_factor is not None:
-        scale = rope.attention_factor
-    elif rope.factor > 1:
-        scale = math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_position))
-    return inv_freq / divisors, scale
+        return inv_freq, rope.attention_factor
+    growth = math.log(max(rope.factor, 1.0)) / math.log(rope.original_max_position)
+    return inv_freq, math.sqrt(1 + growth)
 
 
 def _proportional(rope: RopeConfig, head_dim: int) -> Frequencies:
     """The fastest part of all a head's frequencies; the other dimensions stand still."""
-    inv_freq = _powers(rope.theta, head_dim) / F32(rope.factor)
+    inv_freq = F32(1.0) / _powers(rope.theta, head_dim) / F32(rope.factor)
     turning = int(rope.partial * head_dim // 2)
     return np.where(np.arange(head_dim // 2) < turning, inv_freq, F32(0)), 1.0
 
