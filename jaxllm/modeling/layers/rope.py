@@ -24,7 +24,8 @@ def _default(rope: RopeConfig, head_dim: int) -> Frequencies:
 
 def _powers(theta: float, dim: int) -> np.ndarray:
     """Returns the wavelength of each pair of dimensions, in radians: 1 to `theta`."""
-    return np.power(F32(theta), np.arange(0, dim, 2, dtype=F32) / F32(dim))
+    exponents = np.arange(0, dim, 2, dtype=F32) / F32(dim)
+    return np.power(np.float64(theta), exponents.astype(np.float64)).astype(F32)
 
 
 def _linear(rope: RopeConfig, head_dim: int) -> Frequencies:
