@@ -91,7 +91,7 @@ def _fill_sampling(values: dict[str, np.ndarray], i: int, seq: Sequence) -> None
         if name in values:
             values[name][i] = getattr(params, name)
     if "top_k" in values and params.top_k:
-        values["top_k"][i] = params.top_k
+        values["top_k"][i] = min(params.top_k, NEUTRAL["top_k"])
     if "edit_ids" in values:
         ids, added, until = rules.edits(seq.output_token_ids)
         values["edit_ids"][i, : len(ids)] = ids

@@ -29,6 +29,17 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-model-len", type=int, help="most tokens of a sequence")
     generate.set_defaults(run=run_generate)
 
+    chat = commands.add_parser("chat", help="talk with a model in the terminal")
+    chat.add_argument("--model", required=True, help="hub id or folder, with a chat template")
+    chat.add_argument("--system", help="system message")
+    chat.add_argument("--chat-template", help="Jinja text or a file, in place of the model's")
+    chat.add_argument("--max-tokens", type=int, help="most tokens of an answer; no bound")
+    chat.add_argument("--temperature", type=float, help="by default what the model's author says")
+    chat.add_argument("--seed", type=int, help="makes sampling repeatable")
+    chat.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    chat.add_argument("--max-model-len", type=int, help="most tokens of a conversation")
+    chat.set_defaults(run=run_chat)
+
     models = commands.add_parser("models", help="list the architectures that can be loaded")
     models.set_defaults(run=run_models)
     return top
@@ -47,6 +58,32 @@ def run_generate(args: argparse.Namespace) -> None:
     if args.model == "demo":
         print(DEMO_NOTE, file=sys.stderr)
     print(args.prompt + output.text)
+
+
+def run_chat(args: argparse.Namespace) -> None:
+    """Talks with a model until the user leaves."""
+    from jaxllm.llm import LLM
+    from jaxllm.terminal_chat import TerminalChat
+
+    given = {"temperature": args.temperature, "seed": args.seed}
+    settings = {
+        "dtype": args.dtype,
+        "max_model_len": args.max_model_len,
+        "chat_template": args.chat_template,
+    }
+    with LLM(args.model, **settings) as llm:
+        params = llm.get_default_sampling_params()
+        params.max_tokens = args.max_tokens
+        for name, value in given.items():
+            if value is not None:
+                setattr(params, name, value)
+        # Checked again as a whole: a value of the command line may not fit.
+        chat = TerminalChat(llm, params.clone(), write=_write, system=args.system)
+        chat.run(lambda: input("> "))
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def run_models(args: argparse.Namespace) -> None:

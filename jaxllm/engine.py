@@ -5,7 +5,8 @@ schedule -> pack -> run -> update; there is no other loop.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence as Several
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Several
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -20,7 +21,8 @@ from jaxllm.inputs import SampledLogprobs, Scores, StepOutputs
 from jaxllm.programs import ProgramKey
 from jaxllm.runner import ModelRunner
 from jaxllm.scheduler import SampledRow, Scheduler
-from jaxllm.sequence import PlannedRow, Request, SampledLogprob, Sequence, StepPlan
+from jaxllm.scoring import SampledLogprob
+from jaxllm.sequence import PlannedRow, Request, Sequence, StepPlan
 
 
 @dataclass(slots=True)

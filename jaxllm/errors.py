@@ -21,6 +21,10 @@ class UnsupportedModelError(JaxLLMError, ValueError):
     """The model's architecture, or a setting in its config, is not implemented."""
 
 
+class FamilyImportError(JaxLLMError, ImportError):
+    """The code of a supported architecture could not be imported; the cause says why."""
+
+
 class CheckpointError(JaxLLMError, ValueError):
     """A checkpoint folder or one of its files cannot be used as it is."""
 

@@ -8,6 +8,7 @@ have come, so that a batch keeps its program. No JAX here.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.sequence import PlannedRow
@@ -57,11 +58,10 @@ class SamplingFlags:
         words += [f"scored={self.scored}"] * (self.scored is not None)
         return " ".join(words)
 
-
     def join(self, other: "SamplingFlags") -> "SamplingFlags":
         """Returns the flags of a program that can serve both."""
 
-        def most(a: int | None, b: int | None) -> int | None:
+        def most(a: Any, b: Any) -> Any:
             return max((n for n in (a, b) if n is not None), default=None)
 
         pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
@@ -70,6 +70,10 @@ class SamplingFlags:
     def serves(self, other: "SamplingFlags") -> bool:
         """Whether a program of these flags does all that the others ask for."""
         return self.join(other) == self
+
+
+NO_FLAGS = SamplingFlags()
+"""Greedy, and nothing else."""
 
 
 class FlagSets:

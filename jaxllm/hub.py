@@ -1,6 +1,7 @@
 """From a model's name to a local folder: a hub id and a folder go one way."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -26,7 +27,13 @@ CONFIG_ERRORS = (ValueError, KeyError, TypeError, StrictDataclassError)
 DEMO = Path(__file__).parent / "demo" / "model"
 
 
-def local_folder(model: str | Path, revision: str | None, token: str | bool | None) -> Path:
+def local_folder(
+    model: str | Path,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None = None,
+    patterns: Sequence[str] = PATTERNS,
+) -> Path:
     """Returns the folder of a checkpoint, downloaded first if it is a hub id.
 
     `HF_HUB_OFFLINE`, `HF_HOME` and the rest of the hub's settings apply as they do
@@ -36,6 +43,8 @@ def local_folder(model: str | Path, revision: str | None, token: str | bool | No
         model: A folder, a hub id, or "demo" for the model that ships with jaxllm.
         revision: Branch, tag or commit of a hub id.
         token: Of the hub; True for the stored login.
+        cache_dir: Where downloads are kept; the hub's own place by default.
+        patterns: Of the files to download.
 
     Raises:
         CheckpointError: It is neither, or the hub refuses; with the hub's reason.
@@ -60,7 +69,8 @@ def local_folder(model: str | Path, revision: str | None, token: str | bool | No
                 name,
                 revision=revision,
                 token=token,
-                allow_patterns=PATTERNS,
+                cache_dir=cache_dir,
+                allow_patterns=list(patterns),
                 ignore_patterns=IGNORED,
             )
         )
@@ -80,3 +90,17 @@ def local_folder(model: str | Path, revision: str | None, token: str | bool | No
             f"{name!r} is not in the local cache and the hub cannot be reached: {error} "
             "Give a local folder, or unset HF_HUB_OFFLINE where there is a network."
         ) from error
+
+
+def config_folder(model: str | Path, revision: str | None, token: str | bool | None) -> Path:
+    """Returns a folder that holds the config.json of a model, and perhaps no more.
+
+    Args:
+        model: As for `local_folder`.
+        revision: Of a hub id.
+        token: Of the hub.
+
+    Raises:
+        CheckpointError: As `local_folder`.
+    """
+    return local_folder(model, revision, token, patterns=["config.json"])

@@ -3,38 +3,58 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from jaxllm import compile_cache
+from jaxllm import compile_cache, vllm_keywords
+from jaxllm.chat import parse_conversations, render
 from jaxllm.devices import reserve_memory
 from jaxllm.engine import Engine
 from jaxllm.errors import ConfigError, JaxLLMError, RequestError
+from jaxllm.generation_defaults import default_sampling_params
 from jaxllm.hub import local_folder
 from jaxllm.keywords import ExplainsKeywords
-from jaxllm.loading import DEFAULTS, LoadFormat, Plan, Wishes, eos_token_ids, load_params, plan_load
+from jaxllm.loading import (
+    DEFAULTS,
+    LoadFormat,
+    Plan,
+    Wishes,
+    eos_token_ids,
+    generation_config_of,
+    load_params,
+    plan_load,
+)
 from jaxllm.logs import configure
-from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
+from jaxllm.outputs import CompletionScore, RequestOutput
 from jaxllm.programs import ProgramBuilder
-from jaxllm.prompts import Prompt, parse_prompts
+from jaxllm.progress import Progress, ProgressBar
+from jaxllm.prompts import parse_each, parse_prompts
+from jaxllm.request_builder import RequestBuilder
+from jaxllm.results import Results, delta
 from jaxllm.runner import ModelRunner
-from jaxllm.sampling_params import SamplingParams, as_integer
+from jaxllm.sampling_params import (
+    DEFAULT_MAX_TOKENS,
+    DefaultInt,
+    RequestOutputKind,
+    SamplingParams,
+    as_integer,
+)
 from jaxllm.sequence import Request
-from jaxllm.sequence import Sequence as TokenSequence
 from jaxllm.sharding import layouts
 from jaxllm.sharding.apply import Sharder
 from jaxllm.sharding.mesh import make_mesh
-from jaxllm.tokenizer import Detokenizer, load_tokenizer
+from jaxllm.tokenizer import encode, load_tokenizer
 
 logger = logging.getLogger("jaxllm")
 
 Prompts = str | dict[str, Any] | Sequence[int] | Sequence[str | dict[str, Any] | Sequence[int]]
-Progress = bool | Callable[..., Any]
+Params = SamplingParams | Sequence[SamplingParams] | None
+OnError = Literal["raise", "return"]
+HfOverrides = Mapping[str, Any] | Callable[[Any], Any]
 
 
 class LLM(metaclass=ExplainsKeywords):
@@ -44,6 +64,7 @@ class LLM(metaclass=ExplainsKeywords):
         model: A hub id, a local folder, or "demo" for the small model that ships
             with jaxllm.
         tokenizer: Another hub id or folder for the tokenizer; the model's by default.
+        tokenizer_mode: "auto" or "hf", or "slow" for the tokenizer in pure Python.
         skip_tokenizer_init: Load no tokenizer: prompts are token ids, texts are "".
         dtype: "auto", "float32", "bfloat16" or "float16" ("half"). "auto" is
             float32 on CPU, and on a GPU the checkpoint's 16-bit type that the card has.
@@ -51,6 +72,10 @@ class LLM(metaclass=ExplainsKeywords):
         revision: Branch, tag or commit of a hub id.
         tokenizer_revision: The same for `tokenizer`.
         hf_token: Of the hub; True for the stored login.
+        hf_overrides: Replaces fields of config.json, nested ones too; or a function from
+            the config to the one to use.
+        trust_remote_code: Taken and not used: no code of a checkpoint is ever run.
+        download_dir: Where the hub's files are kept; by default the hub's own cache.
         load_format: "auto", "safetensors", or "dummy" for random weights.
         max_model_len: Most tokens of a sequence. By default what the model was
             made for; "auto" or -1: the most that fits.
@@ -62,10 +87,19 @@ class LLM(metaclass=ExplainsKeywords):
             memory, and by default the cache takes 1 GiB: more where one sequence of
             `max_model_len` needs it, less where `max_num_seqs` of them do not.
         kv_cache_memory_bytes: Bytes of the cache on each device, instead.
-        block_size: Tokens in a page of the cache; a power of two.
-        enable_prefix_caching: Keep the pages of past prompts and find them again.
-        enable_chunked_prefill: Compute long prompts over several steps.
-        max_logprobs: Most alternatives that `SamplingParams.logprobs` may ask for.
+        num_gpu_blocks_override: Pages of the cache, instead.
+        block_size: Tokens in a page of the cache, a power of two; 16 by default.
+        enable_prefix_caching: Keep the pages of past prompts and find them again; the default.
+        enable_chunked_prefill: Compute long prompts over several steps; the default.
+        max_logprobs: Most alternatives that `SamplingParams.logprobs` may ask for; -1: all.
+        logprobs_mode: "raw_logprobs" of the model's own distribution, or
+            "processed_logprobs" of the one sampled from; or "raw_logits",
+            "processed_logits".
+        generation_config: "auto" takes the defaults of `generate` from the model's
+            generation_config.json, "vllm" takes neutral ones; or a folder that has one.
+        override_generation_config: Values that replace those defaults.
+        chat_template: Default of `chat`: Jinja text, a file, or a name of the tokenizer's.
+        enforce_eager: Taken and not used: programs are compiled as they are needed.
         use_tqdm_on_load: Show a progress bar while weights are read.
 
     Raises:
@@ -84,73 +118,107 @@ class LLM(metaclass=ExplainsKeywords):
         model: str | Path,
         *,
         tokenizer: str | Path | None = None,
+        tokenizer_mode: str = "auto",
         skip_tokenizer_init: bool = False,
         dtype: str = "auto",
         seed: int = 0,
         revision: str | None = None,
         tokenizer_revision: str | None = None,
         hf_token: str | bool | None = None,
+        hf_overrides: HfOverrides | None = None,
+        trust_remote_code: bool = False,
+        download_dir: str | Path | None = None,
         load_format: LoadFormat = "auto",
         max_model_len: int | str | None = None,
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         gpu_memory_utilization: float | None = None,
         kv_cache_memory_bytes: int | None = None,
-        block_size: int = 16,
-        enable_prefix_caching: bool = True,
-        enable_chunked_prefill: bool = True,
+        num_gpu_blocks_override: int | None = None,
+        block_size: int | None = None,
+        enable_prefix_caching: bool | None = None,
+        enable_chunked_prefill: bool | None = None,
         max_logprobs: int = 20,
+        logprobs_mode: str = "raw_logprobs",
+        generation_config: str | Path = "auto",
+        override_generation_config: Mapping[str, Any] | None = None,
+        chat_template: str | Path | None = None,
         use_tqdm_on_load: bool = True,
+        enforce_eager: bool = False,
     ) -> None:
+        del trust_remote_code, enforce_eager
         configure()
         compile_cache.enable()
         start = time.perf_counter()
         self._engine: Engine | None = None
-        self._random = _generator(seed)
+        random = _generator(seed)
         wishes = Wishes(
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            page_size=block_size,
+            page_size=16 if block_size is None else block_size,
             memory_fraction=gpu_memory_utilization,
             cache_bytes=kv_cache_memory_bytes,
-            enable_prefix_caching=enable_prefix_caching,
-            enable_chunked_prefill=enable_chunked_prefill,
+            num_pages=num_gpu_blocks_override,
+            enable_prefix_caching=enable_prefix_caching is not False,
+            enable_chunked_prefill=enable_chunked_prefill is not False,
             max_logprobs=max_logprobs,
+            logprobs_mode=logprobs_mode,
         )
         # The backend keeps the first share it starts with, so it is checked before.
         reserve_memory(gpu_memory_utilization or DEFAULTS["gpu"]["memory_fraction"])
-        folder = local_folder(model, revision, hf_token)
+        folder = local_folder(model, revision, hf_token, download_dir)
         layout = layouts.preset("replicated")
         sharder = Sharder(layout, make_mesh(layout))
-        plan = plan_load(folder, wishes, sharder, load_format)
-        self._tokenizer = (
-            None
-            if skip_tokenizer_init
-            else load_tokenizer(
-                folder
-                if tokenizer is None
-                else local_folder(tokenizer, tokenizer_revision, hf_token)
-            )
+        plan = plan_load(folder, wishes, sharder, load_format, hf_overrides)
+        self._defaults = default_sampling_params(
+            generation_config_of(folder, generation_config), override_generation_config or {}
         )
+        self._tokenizer = None
+        if not skip_tokenizer_init:
+            own = tokenizer is None
+            self._tokenizer = load_tokenizer(
+                folder if own else local_folder(tokenizer, tokenizer_revision, hf_token),
+                tokenizer_mode,
+            )
+        self._chat_template = None if chat_template is None else str(chat_template)
         self._plan = plan
-        self._eos = eos_token_ids(plan, self._tokenizer)
         self._name = str(model)
-        self._num_requests = 0
+        self._builder = RequestBuilder(
+            tokenizer=self._tokenizer,
+            vocab_size=plan.config.vocab_size,
+            max_model_len=plan.engine.max_model_len,
+            max_logprobs=max_logprobs,
+            eos_token_ids=eos_token_ids(plan, self._tokenizer),
+            random=random,
+        )
+        self._results = Results(self._tokenizer)
+        self._enqueued: list[Request] = []
+        self._warned_length = False
         params = load_params(plan, seed=int(seed or 0) & 0x7FFFFFFF, show_progress=use_tqdm_on_load)
         builder = ProgramBuilder(plan.model, plan.engine, sharder, plan.memory.num_pages)
         self._engine = Engine(ModelRunner(builder, params))
         logger.info("%s", _summary(self._name, plan, sharder, time.perf_counter() - start))
+
+    @classmethod
+    def _translate_keywords(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Drops vLLM's keywords that mean nothing here, and renames those of old."""
+        configure()  # what it says is said before __init__
+        return vllm_keywords.translate(kwargs)
 
     # ---------------------------------------------------------------- generation
 
     def generate(
         self,
         prompts: Prompts,
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params = None,
         *,
         use_tqdm: Progress = True,
+        lora_request: Any = None,
+        priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        on_error: OnError = "raise",
     ) -> list[RequestOutput]:
         """Generates a completion of each prompt, and returns when all are done.
 
@@ -161,173 +229,394 @@ class LLM(metaclass=ExplainsKeywords):
         Args:
             prompts: Text, or token ids, which are used as they are; a dict with
                 `prompt` or `prompt_token_ids`; or a list of these.
-            sampling_params: One for all prompts, or one for each; by default
-                `SamplingParams()`: temperature 1, 16 tokens.
+            sampling_params: One for all prompts, or one for each; by default those of
+                the model's `generation_config.json`, `get_default_sampling_params()`.
             use_tqdm: Whether to show progress, or what to call in place of `tqdm`.
+            lora_request: Adapters are not implemented: None.
+            priority: Taken and not used: requests are served in order of arrival.
+            tokenization_kwargs: For the tokenizer: `truncate_prompt_tokens`, `max_length`,
+                `truncation`, `truncation_side`, `add_special_tokens`.
+            on_error: "raise" refuses the whole call, before anything runs, if one
+                request of it cannot be run. "return" gives that request an output
+                with its `error`, and runs the others.
 
         Returns:
             One output a prompt, in the order of `prompts`.
 
         Raises:
             RequestError: A prompt or its parameters cannot be run. Nothing was.
+            NonFiniteError: The model's logits became NaN or infinite.
         """
-        engine = self._live_engine()
-        requests = self._requests(parse_prompts(prompts), sampling_params)
-        done: dict[str, Request] = {}
-        if engine.in_call:
-            engine.recover()  # the last call's own recovery was interrupted
-        engine.in_call = frozenset(request.request_id for request in requests)
-        try:
-            for request in requests:
-                engine.add_request(request)
-            with _ProgressBar(requests, use_tqdm) as bar:
-                while len(done) < len(requests):
-                    for request in engine.step():
-                        done[request.request_id] = request
-                        bar.finish(request)
-        except BaseException:
-            # Wherever in a step it fell: give back what this call holds, then start clean.
-            engine.recover()
-            raise
-        engine.in_call = frozenset()
-        return [self._output(request) for request in requests]
+        del priority
+        _no_adapter(lora_request)
+        requests = self._requests(
+            prompts, sampling_params, tokenization_kwargs, on_error=_checked(on_error)
+        )
+        return self._run(requests, use_tqdm, on_error)
+
+    def chat(  # noqa: PLR0913
+        self,
+        messages: Any,
+        sampling_params: Params = None,
+        use_tqdm: Progress = True,
+        lora_request: Any = None,
+        priority: Sequence[int] | None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        on_error: OnError = "raise",
+    ) -> list[RequestOutput]:
+        """Answers a conversation, or each of a list of them.
+
+        Args:
+            messages: `[{"role": "user", "content": "Hello"}]`, or a list of such lists.
+            sampling_params: As for `generate`.
+            use_tqdm: As for `generate`.
+            lora_request: As for `generate`.
+            priority: As for `generate`.
+            chat_template: Jinja text, a file, or a name of the tokenizer's; by default
+                the tokenizer's own.
+            chat_template_content_format: "string", "openai" or "auto": how lists of
+                content parts reach the template.
+            add_generation_prompt: Whether to open the assistant's turn.
+            continue_final_message: Whether to go on with the last message instead; then
+                `add_generation_prompt` must be False.
+            tools: Descriptions of functions, for the template.
+            chat_template_kwargs: More variables for the template.
+            tokenization_kwargs: As for `generate`.
+            on_error: As for `generate`.
+
+        Returns:
+            One output a conversation; `prompt` is the text that the template gave.
+
+        Raises:
+            RequestError: As `generate`; or there is no template, or it refuses.
+        """
+        rendered = self.render(
+            messages,
+            chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self.generate(
+            [rendered] if isinstance(rendered, dict) else rendered,
+            sampling_params,
+            use_tqdm=use_tqdm,
+            lora_request=lora_request,
+            priority=priority,
+            tokenization_kwargs=tokenization_kwargs,
+            on_error=on_error,
+        )
+
+    def render(
+        self,
+        messages: Any,
+        *,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """Returns what `chat` would send: text and token ids, nothing is run.
+
+        Args:
+            messages: As for `chat`, and so are the others.
+            chat_template: Of `chat`.
+            chat_template_content_format: Of `chat`.
+            add_generation_prompt: Of `chat`.
+            continue_final_message: Of `chat`.
+            tools: Of `chat`.
+            chat_template_kwargs: Of `chat`.
+
+        Returns:
+            `{"prompt": text, "prompt_token_ids": ids}`, which `generate` takes as it is;
+            a list of them for a list of conversations.
+
+        Raises:
+            RequestError: There is no template, or it refuses the messages.
+        """
+        if self._tokenizer is None:
+            raise RequestError(
+                "A chat needs the tokenizer's template and skip_tokenizer_init=True. Load the "
+                "tokenizer, or make the prompt yourself and pass its token ids to generate."
+            )
+        conversations, is_one = parse_conversations(messages)
+        rendered = []
+        for conversation in conversations:
+            text = render(
+                self._tokenizer,
+                conversation,
+                chat_template=chat_template,
+                default_template=self._chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+                content_format=chat_template_content_format,
+            )
+            # The template has written the special tokens, BOS among them.
+            ids = encode(self._tokenizer, text, {"add_special_tokens": False}, self.max_model_len)
+            rendered.append({"prompt": text, "prompt_token_ids": ids})
+        return rendered[0] if is_one else rendered
+
+    def stream(
+        self,
+        prompts: Prompts,
+        sampling_params: Params = None,
+        *,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        on_error: OnError = "raise",
+    ) -> Iterator[RequestOutput]:
+        """Generates, and hands out what there is of each request after every step.
+
+        Leaving the loop early ends the requests. Other calls may be made between two
+        outputs; the streamed requests go on beside them.
+
+        Args:
+            prompts: As for `generate`; `render` makes one of a conversation.
+            sampling_params: As for `generate`. With `output_kind` DELTA each output has
+                only what is new, with FINAL_ONLY there is one for each prompt.
+            tokenization_kwargs: As for `generate`.
+            on_error: As for `generate`.
+
+        Yields:
+            Outputs; those of several prompts are told apart by `request_id`. The text of
+            each is a beginning of the next one's, and the last has `finished` set.
+
+        Raises:
+            RequestError: As `generate`, at once and not in the loop.
+
+        Example:
+            >>> for output in llm.stream("Once upon a time", SamplingParams(max_tokens=64)):
+            ...     print(output.outputs[0].text)
+        """
+        requests = self._requests(
+            prompts,
+            sampling_params,
+            tokenization_kwargs,
+            on_error=_checked(on_error),
+            streams=True,
+        )
+        return self._stream(requests, on_error)
+
+    def enqueue(
+        self,
+        prompts: Prompts,
+        sampling_params: Params = None,
+        lora_request: Any = None,
+        priority: Sequence[int] | None = None,
+        use_tqdm: Progress = True,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """Queues prompts and runs nothing yet; `wait_for_completion` does.
+
+        Args:
+            prompts: As for `generate`, and so are the others.
+            sampling_params: Of `generate`.
+            lora_request: Of `generate`.
+            priority: Of `generate`.
+            use_tqdm: Taken and not used: queueing is quick.
+            tokenization_kwargs: Of `generate`.
+
+        Returns:
+            The id of each request, in order.
+
+        Raises:
+            RequestError: As `generate`; nothing was queued.
+        """
+        del priority, use_tqdm
+        _no_adapter(lora_request)
+        self._live_engine()
+        requests = self._requests(prompts, sampling_params, tokenization_kwargs, on_error="raise")
+        self._enqueued += requests
+        return [request.request_id for request in requests]
+
+    def enqueue_chat(self, messages: Any, sampling_params: Params = None, **chat: Any) -> list[str]:
+        """Queues conversations, as `enqueue` does prompts.
+
+        Args:
+            messages: As for `chat`.
+            sampling_params: As for `generate`.
+            chat: Keywords of `render`.
+
+        Returns:
+            The id of each request, in order.
+        """
+        rendered = self.render(messages, **chat)
+        return self.enqueue([rendered] if isinstance(rendered, dict) else rendered, sampling_params)
+
+    def wait_for_completion(
+        self, output_type: type | None = None, *, use_tqdm: Progress = True
+    ) -> list[RequestOutput]:
+        """Runs what `enqueue` has queued, and returns when all of it is done.
+
+        Args:
+            output_type: What the caller expects; `RequestOutput` is all there is.
+            use_tqdm: As for `generate`.
+
+        Returns:
+            One output a request, in the order they were queued.
+
+        Raises:
+            RequestError: `output_type` is another.
+        """
+        if output_type is not None and not issubclass(RequestOutput, output_type):
+            raise RequestError(
+                f"output_type={output_type.__name__} was asked for, and this model's requests "
+                "give RequestOutput. Leave it out."
+            )
+        requests, self._enqueued = self._enqueued, []
+        return self._run(requests, use_tqdm, "raise")
+
+    def score_completions(
+        self,
+        prompts: Prompts,
+        completions: Prompts,
+        *,
+        use_tqdm: Progress = True,
+    ) -> list[CompletionScore]:
+        """Returns the log-probability of each token of given completions; samples nothing.
+
+        What evaluation harnesses need. The logits of a few positions exist at a time,
+        so length times vocabulary is no matter; contexts that several completions
+        share are computed once.
+
+        Args:
+            prompts: A context for each completion, or one for all: text, token ids, or
+                a dict as for `generate`.
+            completions: What follows each context: text, which is tokenized without
+                special tokens, or token ids, which is exact.
+            use_tqdm: As for `generate`.
+
+        Returns:
+            For each completion its token ids, log-probabilities (of the model's own
+            distribution) and ranks, as NumPy arrays.
+
+        Raises:
+            RequestError: One of them is empty or too long, or the lengths differ.
+
+        Example:
+            >>> scores = llm.score_completions("The sky is", [" blue", " green"])
+            >>> best = max(scores, key=lambda score: score.total)
+        """
+        contexts, ends = parse_prompts(prompts), parse_prompts(completions)
+        if len(contexts) == 1:
+            contexts *= len(ends)
+        if len(contexts) != len(ends):
+            raise RequestError(
+                f"The lengths of prompts ({len(contexts)}) and completions ({len(ends)}) must be "
+                "the same. Pass one context for all, or one for each completion."
+            )
+        requests = [self._builder.scoring(*pair) for pair in zip(contexts, ends, strict=True)]
+        self._drive(requests, use_tqdm, "raise")
+        return [self._results.score(request) for request in requests]
+
+    # ---------------------------------------------------------------- how calls run
 
     def _requests(
         self,
-        prompts: Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        prompts: Any,
+        sampling_params: Any,
+        tokenization: Mapping[str, Any] | None,
+        *,
+        on_error: OnError,
+        streams: bool = False,
     ) -> list[Request]:
         """Checks and tokenizes everything, before anything is queued."""
+        keep = on_error == "return"
+        parsed = parse_each(prompts) if keep else parse_prompts(prompts)
         if sampling_params is None:
-            sampling_params = SamplingParams()
+            sampling_params = self.get_default_sampling_params()
         if isinstance(sampling_params, SamplingParams):
-            params = [sampling_params] * len(prompts)
+            params = [sampling_params] * len(parsed)
         else:
             params = _params_list(sampling_params)
-        if len(prompts) != len(params):
+        if len(parsed) != len(params):
             raise RequestError(
-                f"The lengths of prompts ({len(prompts)}) and params ({len(params)}) "
+                f"The lengths of prompts ({len(parsed)}) and params ({len(params)}) "
                 "must be the same. Pass one SamplingParams for all, or one for each."
             )
-        pairs = zip(prompts, params, strict=True)
-        return [self._request(prompt, params) for prompt, params in pairs]
-
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        token_ids = prompt.token_ids
-        if token_ids is None:
-            if self._tokenizer is None:
-                raise RequestError(
-                    "The prompt is text and skip_tokenizer_init=True. Pass token ids, or load the "
-                    "tokenizer."
-                )
-            token_ids = self._tokenizer.encode(prompt.text)
-        self._check(token_ids, params)
-        seed = params.seed
-        if seed is None:
-            seed = int(self._random.integers(2**64, dtype=np.uint64))
-        request_id = str(self._num_requests)
-        self._num_requests += 1
-        seq = TokenSequence(
-            request_id=request_id,
-            index=0,
-            prompt_token_ids=token_ids,
-            params=params,
-            seed=seed & (2**64 - 1),
-            arrival=0,
-            eos_token_id=getattr(self._tokenizer, "eos_token_id", None),
-            eos_token_ids=self._eos,
-            cache_salt=prompt.cache_salt,
-        )
-        return Request(request_id, prompt.text, token_ids, params, [seq])
-
-    def _check(self, token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises RequestError where a request does not fit this model."""
-        longest, vocab_size = self._plan.engine.max_model_len, self._plan.config.vocab_size
-        if not token_ids:
-            raise RequestError(
-                "The decoder prompt cannot be empty: its text gives no tokens. Give it some."
-            )
-        if len(token_ids) >= longest:
-            raise RequestError(
-                f"This model's maximum context length is {longest} tokens. However, your prompt "
-                f"contains {len(token_ids)} input tokens, and at least 1 is needed for the output. "
-                "Shorten the prompt, or raise max_model_len if the model allows it."
-            )
-        strange = [t for t in token_ids if not 0 <= t < vocab_size]
-        if strange:
-            raise RequestError(
-                f"Token id {strange[0]} is out of vocabulary: ids go from 0 to {vocab_size - 1}."
-            )
-        strange = [t for t in params.stop_token_ids if t >= vocab_size]
-        if strange:
-            raise RequestError(
-                f"stop_token_ids contain out-of-vocab token ids {strange}. "
-                f"Vocabulary size: {vocab_size}."
-            )
-        most = self._plan.engine.max_logprobs
-        if params.logprobs is not None and params.logprobs > most:
-            raise RequestError(
-                f"Requested sample logprobs of {params.logprobs}, which is greater than max "
-                f"allowed: {most}. Pass max_logprobs={params.logprobs} to LLM."
-            )
-
-    # ---------------------------------------------------------------- outputs
-
-    def _output(self, request: Request) -> RequestOutput:
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_token_ids,
-            outputs=[self._completion(seq) for seq in request.sequences],
-            finished=True,
-            num_cached_tokens=request.sequences[0].num_cached,
+        return self._builder.generation(
+            parsed, params, tokenization=tokenization, streams=streams, keep_errors=keep
         )
 
-    def _completion(self, seq: TokenSequence) -> CompletionOutput:
-        output = CompletionOutput(
-            index=seq.index,
-            text=self._text(seq),
-            token_ids=seq.output_token_ids,
-            finish_reason=seq.finish_reason,
-            stop_reason=seq.stop_reason,
-            seed=seq.seed,
+    def _run(
+        self, requests: list[Request], use_tqdm: Progress, on_error: OnError
+    ) -> list[RequestOutput]:
+        self._drive(requests, use_tqdm, on_error)
+        self._warn_of_default_length(requests)
+        return [self._results.output(request) for request in requests]
+
+    def _drive(self, requests: list[Request], use_tqdm: Progress, on_error: OnError) -> None:
+        """Runs steps until all of these requests are done."""
+        engine = self._live_engine()
+        waiting = {request.request_id for request in requests if not request.is_finished}
+        with engine.call(requests), ProgressBar(requests, use_tqdm) as bar:
+            while waiting:
+                for request in engine.step():
+                    if request.request_id not in waiting:
+                        continue
+                    if request.error is not None and on_error == "raise":
+                        raise request.error
+                    waiting.remove(request.request_id)
+                    bar.finish(request)
+
+    def _stream(self, requests: list[Request], on_error: OnError) -> Iterator[RequestOutput]:
+        engine, live = self._live_engine(), list(requests)
+        shown: dict[str, int] = {}
+        sent: dict[str, dict[int, tuple[int, int]]] = {r.request_id: {} for r in requests}
+        try:
+            while live:
+                if self._live_engine() is not engine:
+                    raise JaxLLMError("This stream's LLM was replaced.")
+                if not all(request.is_finished for request in live):
+                    with engine.call(live):
+                        engine.step()
+                for request in live:
+                    if request.error is not None and on_error == "raise":
+                        raise request.error
+                    count = sum(len(seq.output_token_ids) for seq in request.sequences)
+                    is_new = count != shown.get(request.request_id, 0) or request.is_finished
+                    shown[request.request_id] = count
+                    kind = request.params.output_kind
+                    if is_new and (request.is_finished or kind != RequestOutputKind.FINAL_ONLY):
+                        output = self._results.output(request)
+                        if kind == RequestOutputKind.DELTA:
+                            output = delta(output, sent[request.request_id])
+                        yield output
+                live = [request for request in live if not request.is_finished]
+        finally:
+            engine.abort_later(r.request_id for r in live if not r.is_finished)
+
+    def _warn_of_default_length(self, requests: list[Request]) -> None:
+        """Says once that a completion was cut at a length nobody chose."""
+        cut = any(
+            isinstance(request.params.max_tokens, DefaultInt)
+            and any(seq.finish_reason == "length" for seq in request.sequences)
+            for request in requests
         )
-        if seq.params.logprobs is not None:
-            output.logprobs = [
-                self._logprobs(token, *found)
-                for token, found in zip(seq.output_token_ids, seq.logprobs, strict=True)
-            ]
-            output.cumulative_logprob = sum(found[0] for found in seq.logprobs)
-        return output
-
-    def _text(self, seq: TokenSequence) -> str:
-        if self._tokenizer is None or not seq.params.detokenize:
-            return ""
-        tokens = seq.output_token_ids
-        if seq.finish_reason == "stop":
-            tokens = tokens[:-1]  # the stop token stays in the ids and not in the text
-        detokenizer = Detokenizer(
-            self._tokenizer,
-            seq.prompt_token_ids,
-            skip_special_tokens=seq.params.skip_special_tokens,
-        )
-        detokenizer.extend(tokens)
-        detokenizer.finish()
-        return detokenizer.text
-
-    def _logprobs(
-        self, token: int, chosen: float, rank: int, top_ids: list[int], top: list[float]
-    ) -> dict[int, Logprob]:
-        """The token itself first, then the likeliest in order; a token comes once."""
-        found = {token: Logprob(chosen, rank, self._decoded(token))}
-        for i, (other, value) in enumerate(zip(top_ids, top, strict=True), start=1):
-            found.setdefault(other, Logprob(value, i, self._decoded(other)))
-        return found
-
-    def _decoded(self, token: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.decode([token])
+        if cut and not self._warned_length:
+            self._warned_length = True
+            logger.warning(
+                "A completion ended at the default max_tokens=%d. Pass "
+                "SamplingParams(max_tokens=...) for longer ones; None goes on to max_model_len.",
+                DEFAULT_MAX_TOKENS,
+            )
 
     # ---------------------------------------------------------------- the rest
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Returns the parameters of calls that give none: the model author's, if there are."""
+        return self._defaults.clone()
 
     def get_tokenizer(self) -> Any:
         """Returns the tokenizer; None with `skip_tokenizer_init`."""
@@ -406,6 +695,20 @@ def _params_list(given: Any) -> list[SamplingParams]:
     )
 
 
+def _no_adapter(lora_request: Any) -> None:
+    if lora_request is not None:
+        raise RequestError(
+            "lora_request was given, and adapters are not implemented. Merge the adapter into the "
+            "model's weights, or leave it out."
+        )
+
+
+def _checked(on_error: Any) -> OnError:
+    if on_error not in ("raise", "return"):
+        raise RequestError(f"on_error={on_error!r} must be 'raise' or 'return'.")
+    return on_error
+
+
 def _generator(seed: int | None) -> np.random.Generator:
     if seed is not None and (as_integer(seed) is None or seed < 0):
         raise ConfigError(f"seed={seed!r} must be an integer of at least 0.")
@@ -425,45 +728,3 @@ def _summary(name: str, plan: Plan, sharder: Sharder, seconds: float) -> str:
         f"{engine.max_num_batched_tokens} tokens a step; ready in {seconds:.1f} s\n"
         f"jaxllm: {plan.memory.summary()}"
     )
-
-
-class _ProgressBar:
-    """Requests done, with tokens in and out per second."""
-
-    def __init__(self, requests: Iterable[Request], use_tqdm: Progress) -> None:
-        requests = list(requests)
-        make = use_tqdm if callable(use_tqdm) else tqdm
-        self._bar = (
-            make(
-                total=sum(len(r.sequences) for r in requests),
-                desc="Processed prompts",
-                dynamic_ncols=True,
-                postfix="est. speed input: 0.00 toks/s, output: 0.00 toks/s",
-            )
-            if use_tqdm and requests
-            else None
-        )
-        self._start = time.perf_counter()
-        self._num_in = self._num_out = 0
-
-    def finish(self, request: Request) -> None:
-        """Counts a finished request."""
-        if self._bar is None:
-            return
-        count = len(request.sequences)
-        self._num_in += count * len(request.prompt_token_ids)
-        self._num_out += sum(len(seq.output_token_ids) for seq in request.sequences)
-        seconds = time.perf_counter() - self._start
-        self._bar.set_postfix_str(
-            f"est. speed input: {self._num_in / seconds:.2f} toks/s, "
-            f"output: {self._num_out / seconds:.2f} toks/s",
-            refresh=False,
-        )
-        self._bar.update(count)
-
-    def __enter__(self) -> "_ProgressBar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

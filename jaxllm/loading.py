@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 
 from jaxllm.buckets import Buckets
 from jaxllm.cache.kv_cache import bytes_per_token
-from jaxllm.cache.memory import GIB, MemoryPlan, plan_memory, temp_bound
+from jaxllm.cache.memory import GIB, MemoryPlan, counts_bytes, plan_memory, temp_bound
 from jaxllm.config import EngineConfig
 from jaxllm.devices import memory_limit, resolve_dtype
 from jaxllm.errors import ConfigError
+from jaxllm.logs import shows_progress
 from jaxllm.modeling import registry, weights
 from jaxllm.modeling.abstract import AbstractModel, abstract_model, init_params
 from jaxllm.modeling.config import ModelConfig
@@ -53,9 +54,11 @@ class Wishes:
     page_size: int = 16
     memory_fraction: float | None = None
     cache_bytes: int | None = None
+    num_pages: int | None = None
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     max_logprobs: int = 20
+    logprobs_mode: str = "raw_logprobs"
 
     def __post_init__(self) -> None:
         """Checks types, and what no model and no machine could give."""
@@ -64,10 +67,19 @@ class Wishes:
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "block_size": self.page_size,
             "kv_cache_memory_bytes": self.cache_bytes,
+            "num_gpu_blocks_override": self.num_pages,
             "max_logprobs": self.max_logprobs,
         }.items():
             if value is not None and as_integer(value) is None:
                 raise ConfigError(f"{name}={value!r} must be an integer.")
+        if self.num_pages is not None and self.num_pages < 1:
+            raise ConfigError(
+                f"num_gpu_blocks_override={self.num_pages} must be at least 1, or left out."
+            )
+        if self.max_logprobs < -1:
+            raise ConfigError(
+                f"max_logprobs={self.max_logprobs} must be at least 0, or -1 for no bound."
+            )
         if self.cache_bytes is not None and self.cache_bytes < 1:
             raise ConfigError(
                 f"kv_cache_memory_bytes={self.cache_bytes} must be at least 1. "
@@ -98,7 +110,13 @@ class Plan:
     hf_config: Any
 
 
-def plan_load(folder: Path, wishes: Wishes, sharder: Sharder, load_format: LoadFormat) -> Plan:
+def plan_load(
+    folder: Path,
+    wishes: Wishes,
+    sharder: Sharder,
+    load_format: LoadFormat,
+    overrides: registry.Overrides | None = None,
+) -> Plan:
     """Reads configs and headers, and decides everything; allocates nothing.
 
     Raises:
@@ -106,7 +124,7 @@ def plan_load(folder: Path, wishes: Wishes, sharder: Sharder, load_format: LoadF
         UnsupportedModelError: The architecture is not implemented.
         ConfigError: A wish cannot be had, with this model or on this machine.
     """
-    hf = registry.read_hf_config(folder)
+    hf = registry.read_hf_config(folder, overrides)
     architecture, family = registry.family_of(hf)
     config = registry.model_config(hf, family)
     if load_format not in ("auto", "safetensors", "dummy"):
@@ -145,7 +163,7 @@ def load_params(plan: Plan, *, seed: int, show_progress: bool) -> tuple[jax.Arra
         desc="Loading weights",
         unit="B",
         unit_scale=True,
-        disable=not show_progress,
+        disable=not (show_progress and shows_progress()),
         leave=False,
     )
     with bar:
@@ -172,13 +190,14 @@ def _engine_config(
             tokens = max(tokens, length)
     return EngineConfig(
         max_model_len=length,
-        max_num_seqs=seqs,
-        max_num_batched_tokens=tokens,
-        page_size=wishes.page_size,
+        max_num_seqs=int(seqs),  # NumPy's integers are taken, and would overflow in sums
+        max_num_batched_tokens=int(tokens),
+        page_size=int(wishes.page_size),
         dtype=dtype,
         enable_prefix_caching=wishes.enable_prefix_caching,
         enable_chunked_prefill=wishes.enable_chunked_prefill,
         max_logprobs=wishes.max_logprobs,
+        logprobs_mode=wishes.logprobs_mode,
     )
 
 
@@ -223,7 +242,10 @@ def _plan_memory(
     token_bytes = bytes_per_token(model.cache_specs, engine.dtype) // shards
     weight_bytes = model.bytes_per_device()
     temp = temp_bound(config, engine, Buckets(engine).largest())
+    temp += counts_bytes(config, engine) // shards  # made when the first penalty is asked for
     cache_bytes = wishes.cache_bytes
+    if wishes.num_pages is not None:
+        cache_bytes = (wishes.num_pages + 1) * engine.page_size * token_bytes  # and the trash page
     if cache_bytes is None and on_cpu and fraction is None:
         sequence = (engine.pages_per_seq + 1) * engine.page_size * token_bytes
         most = engine.max_num_seqs * sequence  # all rows at full length
@@ -246,8 +268,31 @@ def eos_token_ids(plan: Plan, tokenizer: Any) -> tuple[int, ...]:
     of their turn; without one, config.json's counts.
     """
     found = [getattr(tokenizer, "eos_token_id", None)]
-    path = plan.folder / "generation_config.json"
-    stated = registry.read_json(path).get("eos_token_id") if path.is_file() else None
+    stated = (generation_config_of(plan.folder, "auto") or {}).get("eos_token_id")
     stated = getattr(plan.hf_config, "eos_token_id", None) if stated is None else stated
     found += stated if isinstance(stated, list) else [stated]
     return tuple(dict.fromkeys(i for i in found if i is not None))
+
+
+def generation_config_of(folder: Path, given: str | Path) -> dict[str, Any] | None:
+    """Returns the generation_config.json that the defaults of `generate` come from.
+
+    Args:
+        folder: Of the checkpoint.
+        given: "auto" for the checkpoint's own, "vllm" for none, or another folder.
+
+    Raises:
+        ConfigError: That other folder has none.
+        CheckpointError: The file is not readable.
+    """
+    if given == "vllm":
+        return None
+    path = (folder if given == "auto" else Path(given)) / "generation_config.json"
+    if path.is_file():
+        return registry.read_json(path)
+    if given == "auto":
+        return None
+    raise ConfigError(
+        f"generation_config={str(given)!r} is neither 'auto' nor 'vllm' nor a folder with a "
+        "generation_config.json."
+    )

@@ -132,7 +132,8 @@ def rules_of(
     """
     edits = [(token, value, ALWAYS) for token, value in (params.logit_bias or {}).items()]
     if params.min_tokens:
-        edits += [(token, BAN, prompt_len + params.min_tokens) for token in stop_ids]
+        until = min(prompt_len + params.min_tokens, ALWAYS)
+        edits += [(token, BAN, until) for token in stop_ids]
     edits += [(word[0], BAN, ALWAYS) for word in bad_words if len(word) == 1]
     several = tuple(word for word in bad_words if len(word) > 1)
     allowed = params.allowed_token_ids

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxllm.buckets import Bucket
 from jaxllm.cache.kv_cache import abstract_caches
 from jaxllm.config import EngineConfig
-from jaxllm.flags import SamplingFlags
+from jaxllm.flags import NO_FLAGS, SamplingFlags
 from jaxllm.inputs import (
     IN_PROMPT,
     DeviceState,
@@ -47,7 +47,7 @@ class ProgramKey:
     steps: int = 1
     """Tokens a row may generate in one launch (N)."""
 
-    flags: SamplingFlags = SamplingFlags()
+    flags: SamplingFlags = NO_FLAGS
     """What the batch asks of the sampler."""
 
     def __str__(self) -> str:

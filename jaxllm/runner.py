@@ -86,7 +86,9 @@ class ModelRunner:
     def _live_counts(self) -> jax.Array:
         if self._counts is None or self._counts.is_deleted():
             shape = self.builder.counts_shape()
-            self._counts = jax.device_put(np.zeros(shape.shape, shape.dtype), shape.sharding)
+            counts = jax.device_put(np.zeros(shape.shape, shape.dtype), shape.sharding)
+            self._counts = counts
+            return counts
         return self._counts
 
     def is_lost(self) -> bool:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from jaxllm.cache.prefix_cache import ROOT, PrefixCache
 from jaxllm.config import EngineConfig
-from jaxllm.sequence import PlannedRow, SampledLogprob, Sequence, StepPlan
+from jaxllm.scoring import SampledLogprob
+from jaxllm.sequence import PlannedRow, Sequence, StepPlan
 from jaxllm.stopping import end_if_done
 
 

@@ -84,11 +84,12 @@ def test_stop_token_ends_the_request_and_is_not_in_the_text(llm):
 @pytest.fixture
 def eos(llm):
     """Makes a token that the model soon gives the end of a sequence, for one test."""
-    tokenizer, before = llm.get_tokenizer(), (llm.get_tokenizer().eos_token, llm._eos)
+    tokenizer, builder = llm.get_tokenizer(), llm._builder
+    before = tokenizer.eos_token, builder.eos_token_ids
     token = one(llm.generate("def main(", GREEDY, use_tqdm=False)).token_ids[2]
-    tokenizer.eos_token, llm._eos = tokenizer.convert_ids_to_tokens(token), (token,)
+    tokenizer.eos_token, builder.eos_token_ids = tokenizer.convert_ids_to_tokens(token), (token,)
     yield token
-    tokenizer.eos_token, llm._eos = before
+    tokenizer.eos_token, builder.eos_token_ids = before
 
 
 def test_end_of_sequence_ends_the_request_unless_ignored(llm, eos):

@@ -88,7 +88,7 @@ def answer(llm, params=GREEDY):
         (None, "Prompt should be a string, list of tokens, or dictionary.*got NoneType"),
         (5, "got int"),
         (b"text", "Prompt should be a string, list of tokens, or dictionary"),
-        (np.array(PROMPT), "got ndarray"),
+        (np.zeros((2, 2)), "got ndarray"),
         ([{"prompt": "a", "promt_token_ids": [1]}], r"prompts\[0\] has the keys \['promt_token"),
         ({}, "must contain text or tokens: the prompt has neither"),
         ({"prompt": 5}, "Prompt text should be a string; that of the prompt is 5"),

@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config import EngineConfig
-from jaxllm.sequence import SampledLogprob
 from jaxllm.scheduler import SampledRow, Scheduler
+from jaxllm.scoring import SampledLogprob
 from tests.fake import VOCAB_SIZE, FakeDevice, generate, make_sequence
 
 PAGE_SIZE = 4

@@ -4,16 +4,23 @@ Families are imported when one is needed, so that a family that cannot be
 imported breaks only its own models, with its own error.
 """
 
+import difflib
 import importlib
 import json
 import warnings
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from jaxllm.errors import CheckpointError, UnsupportedModelError, nearest
+from jaxllm.errors import (
+    CheckpointError,
+    ConfigError,
+    FamilyImportError,
+    UnsupportedModelError,
+    nearest,
+)
 from jaxllm.hub import CONFIG_ERRORS
 from jaxllm.modeling.config import ModelConfig
 from jaxllm.modeling.decoder import Decoder
@@ -93,10 +100,19 @@ class Family(Protocol):
         ...
 
 
-def read_hf_config(folder: Path) -> PreTrainedConfig:
+Overrides = Mapping[str, Any] | Callable[[PreTrainedConfig], PreTrainedConfig]
+"""Values that replace fields of config.json, nested ones too; or a function over the config."""
+
+
+def read_hf_config(folder: Path, overrides: Overrides | None = None) -> PreTrainedConfig:
     """Returns the config of a checkpoint folder; runs none of its code.
 
+    Args:
+        folder: With a config.json.
+        overrides: `hf_overrides` of the caller.
+
     Raises:
+        ConfigError: `overrides` is neither values nor a function that returns a config.
         CheckpointError: There is no readable config.json.
         UnsupportedModelError: transformers does not know the `model_type`, or refuses
             a value; or the checkpoint is quantized.
@@ -109,6 +125,8 @@ def read_hf_config(folder: Path) -> PreTrainedConfig:
             "such as 'Qwen/Qwen3-0.6B'."
         )
     stated = read_json(path)
+    if isinstance(overrides, Mapping):
+        stated = merged(stated, overrides)
     quantization = stated.get("quantization_config")
     if quantization is not None:
         method = quantization
@@ -118,12 +136,56 @@ def read_hf_config(folder: Path) -> PreTrainedConfig:
             f"{str(folder)!r} is quantized (quant_method={method!r}), and jaxllm reads "
             "unquantized checkpoints only. Use the unquantized repository."
         )
+    hf = _parse(stated, folder)
+    if overrides is None or isinstance(overrides, Mapping):
+        return hf
+    if not callable(overrides):
+        raise ConfigError(
+            f"hf_overrides must be a dict of values or a function; got {overrides!r}. "
+            "Pass {'architectures': ['LlamaForCausalLM']}, say."
+        )
+    changed = overrides(hf)
+    if not isinstance(changed, PreTrainedConfig):
+        raise ConfigError(
+            f"hf_overrides returned {type(changed).__name__}, and must return the config it was "
+            "given, changed: end it with `return config`."
+        )
+    return changed
+
+
+def _parse(stated: dict[str, Any], folder: Path) -> PreTrainedConfig:
+    """Returns the config object of a parsed config.json."""
+    model_type = stated.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        what = f"has model_type={model_type!r}" if "model_type" in stated else "has no model_type"
+        code = (
+            " Its auto_map names code of the repository, which jaxllm never runs."
+            if "auto_map" in stated
+            else ""
+        )
+        guess = nearest(str(model_type), CONFIG_MAPPING.keys())
+        raise UnsupportedModelError(
+            f"config.json of {str(folder)!r} cannot be read: it {what}, and transformers knows "
+            f"none such{guess}.{code} Pass hf_overrides={{'model_type': 'llama'}}, say, if the "
+            "model is a known one under another name."
+        )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return CONFIG_MAPPING[model_type].from_dict(stated)
     except CONFIG_ERRORS as error:
         raise UnsupportedModelError(
             f"config.json of {str(folder)!r} cannot be read: {error}"
         ) from error
+
+
+def merged(stated: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns values replaced by overrides; dicts within dicts are merged, not replaced."""
+    result = dict(stated)
+    for key, value in overrides.items():
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = merged(old, value)
+        result[key] = value
+    return result
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -152,21 +214,43 @@ def family_of(hf: PreTrainedConfig) -> tuple[str, Family]:
     names = hf.architectures or []
     if not names:
         raise UnsupportedModelError(
-            "config.json has no top-level 'architectures', so the model cannot be chosen. "
-            f"Add one of {sorted(ARCHITECTURES)}."
+            "config.json has no top-level 'architectures' (No model architectures are specified), "
+            "so the model cannot be chosen. Pass hf_overrides={'architectures': ['...']} with one "
+            f"of {sorted(ARCHITECTURES)}."
         )
     for name in names:
         if name in ARCHITECTURES:
             return name, family(ARCHITECTURES[name])
     raise UnsupportedModelError(
         f"Model architectures {names} are not supported for now{nearest(names[0], ARCHITECTURES)}. "
-        f"Supported architectures: {sorted(ARCHITECTURES)}."
+        f"Supported architectures: {by_likeness(names[0])}. If it is one of them under another "
+        "name, pass hf_overrides={'architectures': ['...']}."
     )
 
 
+def by_likeness(name: str) -> list[str]:
+    """Returns the supported architectures, those spelt most like a name first."""
+
+    def likeness(known: str) -> float:
+        return difflib.SequenceMatcher(None, name.lower(), known.lower()).ratio()
+
+    return sorted(sorted(ARCHITECTURES), key=likeness, reverse=True)
+
+
 def family(name: str) -> Family:
-    """Imports a family; an import that fails is raised as it is."""
-    return cast("Family", importlib.import_module(f"jaxllm.modeling.families.{name}"))
+    """Imports a family.
+
+    Raises:
+        FamilyImportError: Its module fails; the message has the cause.
+    """
+    module = f"jaxllm.modeling.families.{name}"
+    try:
+        return cast("Family", importlib.import_module(module))
+    except Exception as error:  # whatever the module does wrong, the caller must read it
+        raise FamilyImportError(
+            f"The model is supported, but its family failed to import: {module} raised "
+            f"{type(error).__name__}: {error}. Mend that file, or install what it needs."
+        ) from error
 
 
 def model_config(hf: PreTrainedConfig, family: Family) -> ModelConfig:
