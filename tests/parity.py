@@ -1,13 +1,20 @@
-"""Comparison with transformers in float32: the oracle of every family."""
+"""Comparison with transformers: the oracle of every family."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.modeling import registry, weights
+from jaxllm.modeling.abstract import abstract_model
+from jaxllm.modeling.config import with_length
+from jaxllm.modeling.forward import full_forward
+from tests.tiny import sharder
 
 NUM_PROMPTS = 20
 NUM_TOKENS = 64
@@ -29,6 +36,13 @@ class Variant:
     changes: dict = field(default_factory=dict)
     old_spelling: bool = False
     """Write config.json as transformers 4 did."""
+
+    settings: dict = field(default_factory=dict)
+    """Of `LLM`."""
+
+    @property
+    def family(self) -> str:
+        return self.name.partition("-")[0]
 
 
 SIZES = {
@@ -54,7 +68,7 @@ def write(variant: Variant, folder: Path):
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.2)
-            elif "norm" in name:
+            elif "norm" in name or "ln_" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
     return model
@@ -123,3 +137,44 @@ def assert_same(folder: Path, wanted: list[Reference], **settings) -> float:
             worst = max(worst, *gaps)
     assert worst <= MAX_GAP
     return worst
+
+
+def forward(folder: Path, tokens: np.ndarray, dtype: str = "float32", length: int = 0):
+    """Log-probabilities of a checkpoint without the engine.
+
+    Args:
+        folder: Of the checkpoint.
+        tokens: int [B, T], sequences of one length.
+        dtype: Of the parameters.
+        length: Longest sequence that rotations are for.
+
+    Returns:
+        float64 [B, T, V].
+    """
+    hf = registry.read_hf_config(folder)
+    _, family = registry.family_of(hf)
+    config = with_length(registry.model_config(hf, family), length)
+    model = abstract_model(config, family.build, dtype, sharder())
+    ignored = (*family.IGNORED_WEIGHTS, "lm_head.weight") if config.tie_embeddings else ()
+    sources = weights.match(model, weights.Checkpoint(folder), family.WEIGHTS, ignored)
+    params = weights.load(sources, lambda size: None)
+    num_seqs, size = tokens.shape
+    positions = jnp.tile(jnp.arange(size, dtype=jnp.int32), num_seqs)
+    segments = jnp.repeat(jnp.arange(num_seqs, dtype=jnp.int32), size)
+
+    @jax.jit
+    def run(params, tokens):
+        merged = model.merge(params)
+        return full_forward(merged, tokens, sharder(), positions=positions, segments=segments)
+
+    logits = np.asarray(run(params, jnp.asarray(tokens, jnp.int32).reshape(-1)), np.float64)
+    logits = logits.reshape(num_seqs, size, -1)
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def reference_forward(folder: Path, tokens: np.ndarray, model: Any, dtype: torch.dtype):
+    """The same of transformers, float64 [B, T, V]."""
+    loaded = model.from_pretrained(folder, dtype=dtype).eval()
+    with torch.no_grad():
+        return loaded(torch.from_numpy(tokens).long()).logits.double().log_softmax(-1).numpy()
