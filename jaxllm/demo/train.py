@@ -214,7 +214,7 @@ def train(minutes: float, out: Path, seed: int) -> None:
     _, family = family_of(hf)
     config = model_config(hf, family)
     model = abstract_model(config, family.build, jnp.float32, sharder)
-    params = init_params(model, config, family.build, jnp.float32, seed)
+    params = init_params(model, seed)
     params = damp_residuals(model, params, config.num_layers)
     loss, optimizer = build_loss(model, sharder), build_optimizer()
     state, step, evaluate = optimizer.init(params), build_step(loss, optimizer), jax.jit(loss)

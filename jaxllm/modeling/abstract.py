@@ -4,17 +4,22 @@ The nnx module is split once, here. Programs take its parameters as a flat tuple
 of leaves (a tenth of the dispatch time of an `nnx.State`) and merge inside.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxllm.cache.spec import CacheSpec
 from jaxllm.modeling.config import ModelConfig
 from jaxllm.modeling.decoder import Decoder
+from jaxllm.modeling.layers.linear import normal_init
 from jaxllm.sharding.apply import Sharder
 
 Build = Callable[..., Decoder]
@@ -38,6 +43,11 @@ class Leaf:
 
     part_axis: int
     """The axis that holds the parts; 0 if there are none."""
+
+    @property
+    def is_scale(self) -> bool:
+        """Whether it is the factor of a norm."""
+        return self.path.endswith(".scale")
 
     @property
     def num_bytes(self) -> int:
@@ -105,13 +115,29 @@ def _leaf(path: str, variable: nnx.Variable, sharder: Sharder) -> Leaf:
     return Leaf(path, shape, meta["num_in"], meta["parts"], part_axis)
 
 
-def init_params(
-    model: AbstractModel, config: ModelConfig, build: Build, dtype: DTypeLike, seed: int
-) -> tuple[jax.Array, ...]:
-    """Returns random parameters, made on the devices: for training and dummy loads."""
+def init_params(model: AbstractModel, seed: int) -> tuple[jax.Array, ...]:
+    """Returns random parameters, made on the devices: for training and dummy loads.
 
-    def make() -> tuple[jax.Array, ...]:
-        state = nnx.state(build(config, dtype=dtype, rngs=nnx.Rngs(seed)))
-        return tuple(jax.tree.leaves(state))
+    Weights have a variance of one over the inputs, norms begin as the identity, biases
+    at zero. They depend on the seed and on each leaf's place, not on the devices.
+    """
+    key = jax.random.key(seed)
+    draws: dict[Hashable, Callable[..., jax.Array]] = {}
+    params = []
+    for i, leaf in enumerate(model.leaves):
+        # A program for each kind of leaf and not for each: layers are alike. One program of the
+        # whole model takes minutes to compile for tens of layers.
+        kind = (leaf.shape.shape, leaf.shape.dtype, leaf.shape.sharding, leaf.num_in, leaf.is_scale)
+        if kind not in draws:
+            draws[kind] = jax.jit(functools.partial(_draw, leaf), out_shardings=leaf.shape.sharding)
+        params.append(draws[kind](key, np.int32(i)))
+    return tuple(params)
 
-    return jax.jit(make, out_shardings=tuple(s.sharding for s in model.shapes))()
+
+def _draw(leaf: Leaf, key: jax.Array, number: jax.Array) -> jax.Array:
+    """Returns the first value of the leaf of this number, and of those like it."""
+    shape, dtype = leaf.shape.shape, leaf.shape.dtype
+    if leaf.num_in:
+        fan_in = math.prod(shape[-leaf.num_in :])
+        return normal_init(jax.random.fold_in(key, number), shape, fan_in, dtype)
+    return jnp.full(shape, 1 if leaf.is_scale else 0, dtype)
