@@ -8,14 +8,27 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from jaxllm.errors import (
     CheckpointError,
     ConfigError,
+    FamilyImportError,
     JaxLLMError,
     NonFiniteError,
     RequestError,
     UnsupportedModelError,
 )
 from jaxllm.llm import LLM
-from jaxllm.outputs import CompletionOutput, Logprob, RequestOutput
-from jaxllm.sampling_params import SamplingParams
+from jaxllm.logs import set_verbosity
+from jaxllm.outputs import (
+    CompletionOutput,
+    CompletionScore,
+    FlatLogprobs,
+    Logprob,
+    RequestOutput,
+)
+from jaxllm.sampling_params import (
+    RepetitionDetectionParams,
+    RequestOutputKind,
+    SamplingParams,
+)
+from jaxllm.support import Support, supports
 
 __version__ = "0.1.0"
 
@@ -23,13 +36,21 @@ __all__ = [
     "LLM",
     "CheckpointError",
     "CompletionOutput",
+    "CompletionScore",
     "ConfigError",
+    "FamilyImportError",
+    "FlatLogprobs",
     "JaxLLMError",
     "Logprob",
     "NonFiniteError",
+    "RepetitionDetectionParams",
     "RequestError",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
+    "Support",
     "UnsupportedModelError",
     "__version__",
+    "set_verbosity",
+    "supports",
 ]

@@ -87,12 +87,13 @@ def _write(text: str) -> None:
 
 
 def run_models(args: argparse.Namespace) -> None:
-    """Prints the registry."""
-    from jaxllm.modeling.registry import ARCHITECTURES
+    """Prints the registry: architecture, family, and what the family is."""
+    from jaxllm.modeling.registry import ARCHITECTURES, describe
 
     del args
+    wide, narrow = (max(map(len, names)) for names in zip(*ARCHITECTURES.items(), strict=True))
     for name, family in sorted(ARCHITECTURES.items()):
-        print(f"{name}  (family {family})")
+        print(f"{name:{wide}}  {family:{narrow}}  {describe(family)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,6 +38,11 @@ def memory_limit(device: jax.Device, fraction: float) -> int:
     return int(min(limit, limit / started_with * fraction))
 
 
+def memory_in_use(device: jax.Device) -> int:
+    """Returns the bytes that arrays of this process hold on a device; 0 on CPU."""
+    return 0 if device.platform == "cpu" else device.memory_stats()["bytes_in_use"]
+
+
 def reserve_memory(fraction: float) -> None:
     """Sets the share of a GPU that JAX's allocator takes, where the user has set none.
 
@@ -48,35 +53,43 @@ def reserve_memory(fraction: float) -> None:
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.3f}"
 
 
-def resolve_dtype(asked: str, stored: str, device: jax.Device) -> str:
+def resolve_dtype(asked: str, stored: str, device: jax.Device, *, overflows: bool = False) -> str:
     """Returns the element type to compute in.
 
     `auto` is float32 on CPU, where it is both exact and fast; on a GPU the
-    checkpoint's own 16-bit type, float16 where the card has no bfloat16.
+    checkpoint's own 16-bit type, another where the card or the model cannot.
 
     Args:
         asked: What the caller gave.
-        stored: safetensors' name of the checkpoint's type, such as BF16.
+        stored: The checkpoint's type, such as "bfloat16".
         device: One of those that will compute.
+        overflows: Whether the model's activations leave the range of float16.
 
     Raises:
-        ConfigError: No such type, or one that the card lacks.
+        ConfigError: No such type, or one that the card lacks or the model overflows.
     """
-    if asked != "auto":
-        if asked not in DTYPES:
-            raise ConfigError(f"Unknown dtype {asked!r}. Use 'auto' or one of {sorted(DTYPES)}.")
-        dtype = DTYPES[asked]
-        if dtype == "bfloat16" and not _has_bfloat16(device):
-            raise ConfigError(
-                f"dtype='bfloat16' needs compute capability 8.0, and {device.device_kind} has "
-                f"{device.compute_capability}. Use dtype='half'."
-            )
-        return dtype
-    if device.platform == "cpu":
-        return "float32"
-    if not _has_bfloat16(device) or stored == "F16":
-        return "float16"
-    return "bfloat16"
+    has_bfloat16 = _has_bfloat16(device)
+    if asked == "auto":
+        if device.platform == "cpu":
+            return "float32"
+        if overflows:
+            return "bfloat16" if has_bfloat16 else "float32"
+        return "bfloat16" if has_bfloat16 and stored != "float16" else "float16"
+    if asked not in DTYPES:
+        raise ConfigError(f"Unknown dtype {asked!r}. Use 'auto' or one of {sorted(DTYPES)}.")
+    dtype = DTYPES[asked]
+    if dtype == "bfloat16" and not has_bfloat16:
+        raise ConfigError(
+            f"dtype={asked!r} needs compute capability 8.0, and {device.device_kind} has "
+            f"{device.compute_capability}. Use dtype={'float32' if overflows else 'half'!r}."
+        )
+    if dtype == "float16" and overflows:
+        raise ConfigError(
+            f"dtype={asked!r} is not for this model: its activations are larger than the 65504 "
+            "that float16 ends at, and the text would be nonsense. Use "
+            f"dtype={'bfloat16' if has_bfloat16 else 'float32'!r}."
+        )
+    return dtype
 
 
 def _has_bfloat16(device: jax.Device) -> bool:

@@ -5,6 +5,7 @@ the layout, the tensors' names and shapes, the memory.
 """
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,18 +14,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from tqdm.auto import tqdm
 
 from jaxllm.buckets import Buckets
 from jaxllm.cache.kv_cache import bytes_per_token
 from jaxllm.cache.memory import GIB, MemoryPlan, counts_bytes, plan_memory, temp_bound
 from jaxllm.config import EngineConfig
-from jaxllm.devices import memory_limit, resolve_dtype
+from jaxllm.devices import memory_in_use, memory_limit, resolve_dtype
 from jaxllm.errors import ConfigError
 from jaxllm.logs import shows_progress
 from jaxllm.modeling import registry, weights
 from jaxllm.modeling.abstract import AbstractModel, abstract_model, init_params
-from jaxllm.modeling.config import ModelConfig
+from jaxllm.modeling.config import ModelConfig, with_length
 from jaxllm.sampling_params import as_integer
 from jaxllm.sharding.apply import Sharder
 
@@ -109,6 +111,12 @@ class Plan:
 
     hf_config: Any
 
+    @property
+    def devices(self) -> list[jax.Device]:
+        """Those that hold the model."""
+        sharding = self.model.leaves[0].shape.sharding
+        return sorted(sharding.device_set, key=lambda device: device.id) if sharding else []
+
 
 def plan_load(
     folder: Path,
@@ -144,12 +152,20 @@ def plan_load(
         else:
             ignored = (*ignored, head)  # many checkpoints hold the embedding a second time
     device = sharder.mesh.devices.flat[0]
-    stored = checkpoint.dtype() if checkpoint else "F32"
-    engine = _engine_config(wishes, config, resolve_dtype(wishes.dtype, stored, device), device)
-    model = abstract_model(config, family.build, engine.dtype, sharder)
+    stored = np.dtype(weights.DTYPES[checkpoint.dtype()]).name if checkpoint else _stated_dtype(hf)
+    dtype = resolve_dtype(wishes.dtype, stored, device, overflows=config.float16_overflows)
+    length = max_model_len(wishes.max_model_len, config, hf)
+    engine = _engine_config(wishes, length, dtype, device)
+    config = with_length(config, length)
+    model = abstract_model(config, family.build, dtype, sharder)
     sources = weights.match(model, checkpoint, family.WEIGHTS, ignored) if checkpoint else []
     memory = _plan_memory(wishes, config, engine, model, device, sharder)
-    engine = replace(engine, max_model_len=memory.max_model_len)
+    if memory.max_model_len != length:  # rotations may depend on it; no shape does
+        engine = replace(engine, max_model_len=memory.max_model_len)
+        config = with_length(config, memory.max_model_len)
+        model = abstract_model(config, family.build, dtype, sharder)
+    if wishes.dtype != "auto" and checkpoint and dtype != stored:
+        logger.info("Casting %s to %s", stored, dtype)
     return Plan(folder, architecture, family, config, engine, model, memory, sources, hf)
 
 
@@ -157,7 +173,7 @@ def load_params(plan: Plan, *, seed: int, show_progress: bool) -> tuple[jax.Arra
     """Returns the parameters of a plan, on their devices."""
     start = time.perf_counter()
     if not plan.sources:
-        return init_params(plan.model, plan.config, plan.family.build, plan.engine.dtype, seed)
+        return init_params(plan.model, seed)
     bar = tqdm(
         total=plan.model.num_bytes,
         desc="Loading weights",
@@ -168,20 +184,25 @@ def load_params(plan: Plan, *, seed: int, show_progress: bool) -> tuple[jax.Arra
     )
     with bar:
         params = weights.load(plan.sources, bar.update)
+    seconds = time.perf_counter() - start
     logger.info(
-        "Model loading took %.2f GiB memory and %.2f seconds",
+        "Model loading took %.2f GiB memory and %.2f seconds (%.2f GB/s)",
         plan.model.num_bytes / GIB,
-        time.perf_counter() - start,
+        seconds,
+        plan.model.num_bytes / 1e9 / seconds,
     )
     return params
 
 
-def _engine_config(
-    wishes: Wishes, config: ModelConfig, dtype: str, device: jax.Device
-) -> EngineConfig:
+def _stated_dtype(hf: Any) -> str:
+    """Returns the element type that config.json states, which no file bears out."""
+    name = str(getattr(hf, "dtype", None)).removeprefix("torch.")
+    return name if name in ("float16", "bfloat16") else "float32"
+
+
+def _engine_config(wishes: Wishes, length: int, dtype: str, device: jax.Device) -> EngineConfig:
     defaults = DEFAULTS["cpu" if device.platform == "cpu" else "gpu"]
     seqs, tokens = wishes.max_num_seqs, wishes.max_num_batched_tokens
-    length = _max_model_len(wishes.max_model_len, config.max_position)
     if seqs is None:
         seqs = min(defaults["max_num_seqs"], tokens or defaults["max_num_seqs"])
     if tokens is None:
@@ -201,21 +222,67 @@ def _engine_config(
     )
 
 
-def _max_model_len(asked: int | str | None, derived: int) -> int:
+def max_model_len(asked: int | str | None, config: ModelConfig, hf: Any) -> int:
+    """Returns the longest sequence, in tokens, for now where "auto" was asked for.
+
+    Args:
+        asked: What the caller gave.
+        config: Of the model.
+        hf: The same, as Hugging Face has it.
+
+    Raises:
+        ConfigError: It is no number of tokens, or more than the model was made for.
+    """
+    key, derived = derived_length(config, hf)
     if asked is None or asked in ("auto", -1):
-        return derived
+        # A length that longrope does better without is not chosen for the caller.
+        is_cut = config.default_length < config.max_position
+        return min(derived, config.default_length) if is_cut else derived
     length = as_integer(asked)
     if length is None or length < 1:
         raise ConfigError(
             f"max_model_len={asked!r} is neither a number of tokens nor 'auto'. "
             f"The model's own is {derived}."
         )
-    if length > derived:
+    if length <= derived:
+        return length
+    problem = (
+        f"User-specified max_model_len ({asked}) is greater than the derived max_model_len "
+        f"({key}={derived})."
+    )
+    if config.position_offset is not None:
         raise ConfigError(
-            f"User-specified max_model_len ({asked}) is greater than the derived max_model_len "
-            f"(max_position_embeddings={derived}). Use {derived} or less."
+            f"{problem} Use {derived} or less: the model has learned positions, and none beyond."
         )
+    if not _allows_long():
+        raise ConfigError(
+            f"{problem} Use {derived} or less, or set JAXLLM_ALLOW_LONG_MAX_MODEL_LEN=1 if text "
+            "beyond it may be nonsense."
+        )
+    logger.warning("%s Text beyond that may be nonsense.", problem)
     return length
+
+
+def derived_length(config: ModelConfig, hf: Any) -> tuple[str, int]:
+    """Returns the length that a model was made for, in tokens, and the key that says so."""
+    found = {
+        name: value
+        for name in registry.LENGTH_FIELDS
+        if (value := as_integer(getattr(hf, name, None))) is not None and value > 0
+    }
+    own, *others = registry.LENGTH_FIELDS
+    scaled = config.max_position / found[own] if found.get(own) else 1
+    lengths = {name: int(found[name] * scaled) for name in others if name in found}
+    lengths = {own: config.max_position, **lengths}
+    stated = lengths.get("model_max_length")
+    if stated is not None and config.position_offset is None:
+        return "model_max_length", found["model_max_length"]
+    return min(lengths.items(), key=lambda item: item[1])
+
+
+def _allows_long() -> bool:
+    name = "ALLOW_LONG_MAX_MODEL_LEN"
+    return any(os.environ.get(f"{prefix}_{name}") == "1" for prefix in ("JAXLLM", "VLLM"))
 
 
 def _plan_memory(
@@ -234,6 +301,7 @@ def _plan_memory(
             f"kv_cache_memory_bytes={wishes.cache_bytes} is more than the {most} bytes of memory "
             "that there are. Use fewer, or leave it out."
         )
+    in_use = memory_in_use(device)
     limit = memory_limit(
         device, fraction or DEFAULTS["cpu" if on_cpu else "gpu"]["memory_fraction"]
     )
@@ -241,6 +309,12 @@ def _plan_memory(
     shards = dict(sharder.mesh.shape).get("tensor", 1)
     token_bytes = bytes_per_token(model.cache_specs, engine.dtype) // shards
     weight_bytes = model.bytes_per_device()
+    if weight_bytes > most:  # kv_cache_memory_bytes does not ask what else there is
+        raise ConfigError(
+            f"The model does not fit: its weights take {weight_bytes / GIB:,.1f} GiB in "
+            f"{engine.dtype}, and there are {most / GIB:,.1f} GiB of memory. Use a smaller model, "
+            "or check the sizes in config.json."
+        )
     temp = temp_bound(config, engine, Buckets(engine).largest())
     temp += counts_bytes(config, engine) // shards  # made when the first penalty is asked for
     cache_bytes = wishes.cache_bytes
@@ -250,15 +324,23 @@ def _plan_memory(
         sequence = (engine.pages_per_seq + 1) * engine.page_size * token_bytes
         most = engine.max_num_seqs * sequence  # all rows at full length
         cache_bytes = min(max(CPU_CACHE, sequence), most, limit - weight_bytes - temp)
-    return plan_memory(
-        engine=engine,
-        limit=limit,
-        weights=weight_bytes,
-        temp=temp,
-        token_bytes=token_bytes,
-        cache_bytes=cache_bytes,
-        fit_length=wishes.max_model_len in ("auto", -1),
-    )
+    try:
+        return plan_memory(
+            engine=engine,
+            limit=limit - in_use,
+            weights=weight_bytes,
+            temp=temp,
+            token_bytes=token_bytes,
+            cache_bytes=cache_bytes,
+            fit_length=wishes.max_model_len in ("auto", -1),
+        )
+    except ConfigError as error:
+        if not in_use:
+            raise
+        raise ConfigError(
+            f"{error} Other arrays of this process hold {in_use / GIB:.3f} GiB of {device}: if a "
+            "former LLM does, call its close() before you make the next one."
+        ) from error
 
 
 def eos_token_ids(plan: Plan, tokenizer: Any) -> tuple[int, ...]:

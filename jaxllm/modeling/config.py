@@ -101,6 +101,9 @@ class ModelConfig:
     windows: tuple[int | None, ...] | None = None
     """Sliding window of each layer, in tokens (the query's own included); None: full."""
 
+    float16_overflows: bool = False
+    """Whether activations leave the range of float16, which ends at 65504."""
+
     def window(self, layer: int) -> int | None:
         """Returns the sliding window of one layer."""
         return self.windows[layer] if self.windows else None

@@ -25,6 +25,7 @@ from jaxllm.hub import CONFIG_ERRORS
 from jaxllm.modeling.config import ModelConfig
 from jaxllm.modeling.decoder import Decoder
 from jaxllm.modeling.weights import Weight
+from jaxllm.sampling_params import as_integer
 
 # Architecture name in config.json -> module in `families`.
 ARCHITECTURES: dict[str, str] = {
@@ -77,6 +78,24 @@ NEUTRAL_FIELDS = frozenset(
         "use_cache",
     }
 )
+
+
+LENGTH_FIELDS = (
+    "max_position_embeddings",
+    "max_seq_len",
+    "seq_length",
+    "model_max_length",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
+"""Fields that bound the length of a sequence; the first is the one that families read."""
+
+MOST_LAYERS = 10_000
+"""Far more than any model has; config classes make lists of this length."""
+
+MOST_OF_A_SIZE = 2**31 - 1
+"""Positions and token ids are int32."""
 
 
 class Family(Protocol):
@@ -169,6 +188,13 @@ def _parse(stated: dict[str, Any], folder: Path) -> PreTrainedConfig:
             f"none such{guess}.{code} Pass hf_overrides={{'model_type': 'llama'}}, say, if the "
             "model is a known one under another name."
         )
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        if isinstance(stated.get(key), (int, float)) and stated[key] > MOST_LAYERS:
+            raise UnsupportedModelError(
+                f"config.json of {str(folder)!r} cannot be read: {key}={stated[key]} is more than "
+                f"the {MOST_LAYERS} that any model may have. Download the file again, or do not "
+                "use this checkpoint."
+            )
     try:
         return CONFIG_MAPPING[model_type].from_dict(stated)
     except CONFIG_ERRORS as error:
@@ -253,6 +279,14 @@ def family(name: str) -> Family:
         ) from error
 
 
+def describe(name: str) -> str:
+    """Returns one line about a family: its own, or why it cannot be imported."""
+    try:
+        return (family(name).__doc__ or "").partition("\n")[0]
+    except FamilyImportError as error:
+        return str(error).replace("\n", " ")
+
+
 def model_config(hf: PreTrainedConfig, family: Family) -> ModelConfig:
     """Returns the model's config, after checking that nothing in the HF one is lost.
 
@@ -261,7 +295,29 @@ def model_config(hf: PreTrainedConfig, family: Family) -> ModelConfig:
             default and is not handled. Such a model would be silently wrong.
     """
     _refuse_unhandled(hf, family)
-    return family.config_from_hf(hf)
+    config = family.config_from_hf(hf)
+    _refuse_absurd(config)
+    return config
+
+
+def _refuse_absurd(config: ModelConfig) -> None:
+    """Raises where a size is one that no model has, before anything is made of that size."""
+    sizes = {
+        "vocabulary": config.vocab_size,
+        "width": config.embed_dim,
+        "feed-forward width": config.mlp_dim,
+        "number of layers": config.num_layers,
+        "number of heads": config.num_heads,
+        "number of KV heads": config.num_kv_heads,
+        "head size": config.head_dim,
+        "length": config.max_position,
+    }
+    for name, size in sizes.items():
+        if as_integer(size) is None or not 0 < size <= MOST_OF_A_SIZE:
+            raise UnsupportedModelError(
+                f"config.json states a {name} of {size!r}, and it must be an integer from 1 to "
+                f"{MOST_OF_A_SIZE}. Download the file again, or do not use this checkpoint."
+            )
 
 
 def _refuse_unhandled(hf: PreTrainedConfig, family: Family) -> None:
@@ -278,7 +334,7 @@ def _refuse_unhandled(hf: PreTrainedConfig, family: Family) -> None:
             f"config.json sets {', '.join(unhandled)}, which jaxllm's {type(hf).__name__} "
             "does not implement; ignoring it would give wrong text."
         )
-    undeclared = sorted(set(given) - set(default) - handled)
+    undeclared = sorted(set(given) - set(default) - handled - set(LENGTH_FIELDS))
     if undeclared:
         warnings.warn(
             f"config.json has keys that {type(hf).__name__} does not declare; they are "

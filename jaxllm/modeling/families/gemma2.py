@@ -82,4 +82,5 @@ def config_from_hf(hf: PreTrainedConfig) -> ModelConfig:
         attn_softcap=hf.attn_logit_softcapping,
         logit_softcap=hf.final_logit_softcapping,
         windows=windows_from_hf(hf),
+        float16_overflows=True,
     )
