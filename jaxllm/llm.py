@@ -1,5 +1,6 @@
 """`LLM`: the blocking public API, and the only place that knows vLLM's keywords."""
 
+import html
 import logging
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxllm import compile_cache, vllm_keywords
+from jaxllm.cache.memory import GIB
 from jaxllm.chat import parse_conversations, render
 from jaxllm.devices import reserve_memory
 from jaxllm.engine import Engine
@@ -646,10 +648,24 @@ class LLM(metaclass=ExplainsKeywords):
         }
 
     def close(self) -> None:
-        """Frees weights and cache. On a GPU JAX's allocator keeps the memory for itself."""
+        """Frees weights and cache; a closed LLM only says that it is.
+
+        The next model in this process has the memory. Other programs have not: on a GPU
+        JAX's allocator keeps what it took until the process ends.
+        """
         engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.runner.close()
+        if engine is None:
+            return
+        engine.runner.close()
+        memory = self._plan.memory
+        kept = self._plan.devices[0].platform != "cpu"
+        logger.info(
+            "closed %s: freed %.2f GiB of weights and %.2f GiB of cache%s",
+            self._name,
+            memory.weights / GIB,
+            memory.cache_bytes / GIB,
+            "; JAX's allocator keeps them for this process" if kept else "",
+        )
 
     def _live_engine(self) -> Engine:
         if self._engine is None:
@@ -682,6 +698,24 @@ class LLM(metaclass=ExplainsKeywords):
 
 
 def _params_list(given: Any) -> list[SamplingParams]:
+    def _repr_html_(self) -> str:
+        """Returns what a notebook shows: a small table."""
+        plan = self._plan
+        rows = {
+            "model": self._name,
+            "architecture": plan.architecture,
+            "parameters": f"{sum(leaf.shape.size for leaf in plan.model.leaves):,}",
+            "dtype": plan.engine.dtype,
+            "device": f"{len(plan.devices)} x {plan.devices[0].device_kind}",
+            "max_model_len": f"{plan.engine.max_model_len:,}",
+            "cache": f"{plan.memory.num_tokens:,} tokens",
+            "state": "closed" if self._engine is None else "ready",
+        }
+        cells = (
+            f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>" for name, value in rows.items()
+        )
+        return f"<table>{''.join(cells)}</table>"
+
     """Returns the parameters of each prompt, or says what was given in their place."""
     strange = given
     if isinstance(given, Iterable) and not isinstance(given, (str, Mapping, type)):
@@ -723,7 +757,7 @@ def _summary(name: str, plan: Plan, sharder: Sharder, seconds: float) -> str:
     device = sharder.mesh.devices.flat[0]
     engine = plan.engine
     return (
-        f"{name}: {plan.architecture}, {plan.model.num_bytes / 2**30:.2f} GiB of {engine.dtype} on "
+        f"{name}: {plan.architecture}, {plan.model.num_bytes / GIB:.2f} GiB of {engine.dtype} on "
         f"{sharder.mesh.size} x {device.device_kind}; up to {engine.max_num_seqs} sequences and "
         f"{engine.max_num_batched_tokens} tokens a step; ready in {seconds:.1f} s\n"
         f"jaxllm: {plan.memory.summary()}"
