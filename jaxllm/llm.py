@@ -696,8 +696,6 @@ class LLM(metaclass=ExplainsKeywords):
             f"{self._plan.engine.dtype}, max_model_len={self.max_model_len})"
         )
 
-
-def _params_list(given: Any) -> list[SamplingParams]:
     def _repr_html_(self) -> str:
         """Returns what a notebook shows: a small table."""
         plan = self._plan
@@ -716,6 +714,8 @@ def _params_list(given: Any) -> list[SamplingParams]:
         )
         return f"<table>{''.join(cells)}</table>"
 
+
+def _params_list(given: Any) -> list[SamplingParams]:
     """Returns the parameters of each prompt, or says what was given in their place."""
     strange = given
     if isinstance(given, Iterable) and not isinstance(given, (str, Mapping, type)):
