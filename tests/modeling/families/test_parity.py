@@ -164,6 +164,7 @@ VARIANTS = [
     opt(
         "no-last-norm-wide-untied",
         _remove_final_layer_norm=True,
+        initializer_range=0.1,  # logits are as wide as the stream, which no norm bounds
         word_embed_proj_dim=80,
         tie_word_embeddings=False,
     ),
