@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.hub import DEMO
 from jaxllm.flags import SamplingFlags
+from jaxllm.hub import DEMO
 from jaxllm.inputs import buffer_size, fields, pack
 from jaxllm.programs import ProgramKey
 
@@ -108,7 +108,10 @@ def decode_times(llm, rows, steps, bandwidth):
     page_size = builder.engine.page_size
     width = next(w for w in engine.buckets.widths if w * page_size > CONTEXT + steps)
     bucket = engine.buckets.decode(max(2, rows), width)
-    values = {name: np.zeros(shape, dtype) for name, (shape, dtype) in fields(bucket, SamplingFlags()).items()}
+    values = {
+        name: np.zeros(shape, dtype)
+        for name, (shape, dtype) in fields(bucket, SamplingFlags()).items()
+    }
     pages = 1 + np.arange(rows * width).reshape(rows, width) % (builder.num_pages - 1)
     values["rows"][:] = builder.engine.max_num_seqs
     values["rows"][:rows] = np.arange(rows)

@@ -18,6 +18,7 @@ TOKENS = (16, 64, 128, 256, 512)
 MIN_WIDTH = 8
 """Pages of the narrowest page table."""
 
+
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
     """The shapes of one program."""

@@ -237,6 +237,5 @@ def _put_scores(plan: StepPlan, scores: Scores | None) -> None:
     for (row, positions), end in zip(scored, ends, strict=True):
         if row.seq.scoring is not None and len(positions):
             at = slice(end - len(positions), end)
-            row.seq.scoring.put(
-                positions, scores.logprobs[at], scores.ranks[at], scores.top_ids[at], scores.top[at]
-            )
+            found = (scores.logprobs, scores.ranks, scores.top_ids, scores.top)
+            row.seq.scoring.put(positions, *(np.asarray(x)[at] for x in found))

@@ -578,24 +578,26 @@ class LLM(metaclass=ExplainsKeywords):
         sent: dict[str, dict[int, tuple[int, int]]] = {r.request_id: {} for r in requests}
         try:
             while live:
-                if self._live_engine() is not engine:
-                    raise JaxLLMError("This stream's LLM was replaced.")
+                self._live_engine()  # it may have been closed since the last output
                 if not all(request.is_finished for request in live):
                     with engine.call(live):
                         engine.step()
-                for request in live:
+                for request in list(live):
                     if request.error is not None and on_error == "raise":
                         raise request.error
+                    # Another call may finish it between two outputs: asked once, at its turn.
+                    is_last = request.is_finished
+                    if is_last:
+                        live.remove(request)
                     count = sum(len(seq.output_token_ids) for seq in request.sequences)
-                    is_new = count != shown.get(request.request_id, 0) or request.is_finished
+                    is_new = is_last or count != shown.get(request.request_id, 0)
                     shown[request.request_id] = count
                     kind = request.params.output_kind
-                    if is_new and (request.is_finished or kind != RequestOutputKind.FINAL_ONLY):
+                    if is_new and (is_last or kind != RequestOutputKind.FINAL_ONLY):
                         output = self._results.output(request)
                         if kind == RequestOutputKind.DELTA:
                             output = delta(output, sent[request.request_id])
                         yield output
-                live = [request for request in live if not request.is_finished]
         finally:
             engine.abort_later(r.request_id for r in live if not r.is_finished)
 

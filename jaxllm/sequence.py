@@ -171,7 +171,7 @@ class StepPlan:
         return self.rows[self.num_decodes :]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """What a caller asked for, and the sequences that answer it."""
 

@@ -29,9 +29,7 @@ KEYS = [
         ),
     ),
     ProgramKey(BUCKETS.mixed(1024, 64, 256, with_decodes=True)),
-    ProgramKey(
-        BUCKETS.mixed(1024, 64, 256, with_decodes=True), flags=SamplingFlags(scored=5)
-    ),
+    ProgramKey(BUCKETS.mixed(1024, 64, 256, with_decodes=True), flags=SamplingFlags(scored=5)),
 ]
 
 
