@@ -1,0 +1,194 @@
+"""Interrupts at random moments of every way to run requests: all is exact afterwards."""
+
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from jaxllm import LLM, SamplingParams
+from tests.interrupts import Interrupts, count_events
+from tests.tiny import Naive, random_prompts, tiny_model
+
+MAX_LEN = 64
+SMALL = {
+    "skip_tokenizer_init": True,
+    "max_model_len": MAX_LEN,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 16,
+    "block_size": 4,
+    # Fewer pages than four sequences need: a call prefills in chunks, preempts and evicts.
+    "kv_cache_memory_bytes": 19 * 4 * 256,
+    "use_tqdm_on_load": False,
+}
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+PROMPTS = random_prompts(4, longest=24, shortest=9)
+COMPLETIONS = random_prompts(4, longest=12, shortest=3, seed=1)
+
+# What Python raises while it throws an object away, it only reports; see `interrupted`.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def generate(llm):
+    return tokens_of(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
+
+
+def stream(llm):
+    last = {output.request_id: output for output in llm.stream(PROMPTS, GREEDY)}
+    return tokens_of(sorted(last.values(), key=lambda output: int(output.request_id)))
+
+
+def enqueue_and_wait(llm):
+    llm.enqueue(PROMPTS, GREEDY)
+    # An interrupted call may have left the same prompts queued: they are answered as well.
+    outputs = tokens_of(llm.wait_for_completion(use_tqdm=False))
+    assert outputs == outputs[: len(PROMPTS)] * (len(outputs) // len(PROMPTS))
+    return outputs[: len(PROMPTS)]
+
+
+def score(llm):
+    scores = llm.score_completions(PROMPTS, COMPLETIONS, use_tqdm=False)
+    assert [score.token_ids.tolist() for score in scores] == COMPLETIONS
+    return [score.logprobs for score in scores]
+
+
+def tokens_of(outputs):
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+USES = {"generate": generate, "stream": stream, "enqueue": enqueue_and_wait, "score": score}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """By use, what it returns, worked out without the engine."""
+    _, model, params = tiny_model()
+    naive = Naive(model, params, length=MAX_LEN)
+    tokens = [naive.generate(prompt, GREEDY.max_tokens) for prompt in PROMPTS]
+    scores = [logprobs(naive, *pair) for pair in zip(PROMPTS, COMPLETIONS, strict=True)]
+    return {"generate": tokens, "stream": tokens, "enqueue": tokens, "score": scores}
+
+
+def logprobs(naive, prompt, completion):
+    logits = naive.logits(prompt + completion)[len(prompt) - 1 : -1].astype(np.float64)
+    each = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return each[np.arange(len(completion)), completion]
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoints, expected):
+    with LLM(checkpoints(), **SMALL) as llm:
+        for name in USES:  # compiles what the tests below need
+            assert_exact(llm, name, expected)
+        yield llm
+
+
+def assert_exact(llm, name, expected):
+    """The use returns what it must, and leaves nothing behind."""
+    found = USES[name](llm)
+    if name == "score":
+        for ours, theirs in zip(found, expected[name], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    else:
+        assert found == expected[name]
+    llm._engine.scheduler.check_invariants()
+    assert llm.stats()["num_pages_held"] == 0
+    assert llm._engine.requests == {}
+
+
+@pytest.fixture
+def alarm():
+    """SIGALRM, whatever it did before the test, does it again afterwards."""
+    former = signal.getsignal(signal.SIGALRM)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, former)
+
+
+def interrupted(use, delay):
+    """Repeats a use until a signal comes after some seconds; returns whether it was cut off.
+
+    It is not where the signal falls into a finalizer, whose exceptions Python swallows.
+    """
+    came = []
+
+    def interrupt(*_):
+        came.append(True)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, delay)
+        while not came:
+            use()
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def interrupt_again_and_again(llm, expected, count, seed=0):
+    """Cuts off a use at a random moment, checks another, and so on."""
+    rng, num_interrupted = random.Random(seed), 0
+    for i in range(count):
+        name, other = rng.choice(list(USES)), rng.choice(list(USES))
+        start = time.perf_counter()
+        USES[name](llm)
+        longest = time.perf_counter() - start
+
+        num_interrupted += interrupted(lambda n=name: USES[n](llm), rng.uniform(1e-6, longest))
+
+        llm._engine.scheduler.check_invariants()
+        try:
+            assert_exact(llm, other, expected)
+        except BaseException as error:
+            error.add_note(f"{other} after interrupt {i}, which was in {name}")
+            raise
+    assert num_interrupted > 0.9 * count
+
+
+def test_two_hundred_interrupts_at_random_moments_leave_the_engine_exact(llm, expected, alarm):
+    interrupt_again_and_again(llm, expected, 200)
+
+
+@pytest.mark.slow
+def test_two_thousand_interrupts_at_random_moments_leave_the_engine_exact(llm, expected, alarm):
+    interrupt_again_and_again(llm, expected, 2000, seed=1)
+
+
+@pytest.mark.parametrize("name", USES)
+def test_interrupt_at_any_call_of_a_use_leaves_the_engine_exact(llm, expected, name):
+    num_events = count_events(lambda: USES[name](llm))
+
+    for event in random.Random(0).sample(range(1, num_events + 1), 10):
+        try:
+            with Interrupts(event):
+                USES[name](llm)
+        except KeyboardInterrupt:
+            pass
+
+        assert_exact(llm, name, expected)
+
+
+def test_interrupt_between_two_outputs_of_a_stream_frees_its_pages(llm, expected):
+    def read():
+        for _ in llm.stream(PROMPTS, GREEDY):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read()
+
+    for name in USES:
+        assert_exact(llm, name, expected)
+
+
+def test_interrupted_wait_forgets_its_requests_and_later_ones_are_answered(llm, expected):
+    def bar(**_):
+        raise KeyboardInterrupt
+
+    llm.enqueue(PROMPTS, GREEDY)
+    with pytest.raises(KeyboardInterrupt):
+        llm.wait_for_completion(use_tqdm=bar)
+
+    assert llm.wait_for_completion(use_tqdm=False) == []
+    assert_exact(llm, "enqueue", expected)
