@@ -10,8 +10,8 @@ import numpy as np
 from jaxllm.buckets import Bucket
 from jaxllm.config import EngineConfig
 from jaxllm.flags import SamplingFlags
-from jaxllm.inputs import MAX_STOP_IDS, fields, pack
-from jaxllm.sequence import PlannedRow, Sequence, StepPlan
+from jaxllm.inputs import fields, pack
+from jaxllm.sequence import MAX_STOP_IDS, PlannedRow, Sequence, StepPlan
 
 MASK32 = 0xFFFFFFFF
 
@@ -22,6 +22,9 @@ NEUTRAL = {
     "mask": MASK32,
 }
 """What changes nothing, where that is not 0: for padding, and for rows that ask for nothing."""
+
+FLOAT32 = (np.finfo(np.float32).tiny, np.finfo(np.float32).max)
+"""What a factor may be: as 0 or infinity it would make NaN of a logit."""
 
 
 def slots(pages: np.ndarray, start: int, stop: int, page_size: int) -> np.ndarray:
@@ -87,20 +90,22 @@ def _fill_sampling(values: dict[str, np.ndarray], i: int, seq: Sequence) -> None
     params, rules = seq.params, seq.rules
     values["temperature"][i] = params.temperature
     values["seeds"][i] = (seq.seed & MASK32, seq.seed >> 32 & MASK32)
-    for name in ("min_p", "top_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
+    for name in ("min_p", "top_p", "frequency_penalty", "presence_penalty"):
         if name in values:
             values[name][i] = getattr(params, name)
+    if "repetition_penalty" in values:
+        values["repetition_penalty"][i] = np.clip(params.repetition_penalty, *FLOAT32)
     if "top_k" in values and params.top_k:
         values["top_k"][i] = min(params.top_k, NEUTRAL["top_k"])
-    if "edit_ids" in values:
-        ids, added, until = rules.edits(seq.output_token_ids)
-        values["edit_ids"][i, : len(ids)] = ids
-        values["edit_values"][i, : len(ids)] = added
-        values["edit_until"][i, : len(ids)] = until
-    if "mask" in values and rules.mask_words:
-        mask = rules.mask(seq.tokens(0, seq.num_tokens))
-        if mask is not None:
-            values["mask"][i] = mask
+    if "edit_ids" in values or "mask" in values:
+        ruling = rules.now(seq.prompt_token_ids, seq.output_token_ids)
+        count = len(ruling.ids)
+        if count:
+            values["edit_ids"][i, :count] = ruling.ids
+            values["edit_values"][i, :count] = ruling.values
+            values["edit_until"][i, :count] = ruling.until
+        if ruling.mask is not None:
+            values["mask"][i] = ruling.mask
     if "logprob_ids" in values:
         ids = params.logprob_token_ids or ()
         values["logprob_ids"][i, : len(ids)] = ids

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from jaxllm.errors import ConfigError
 
+DECODE_STEPS = (32, 8)
+"""How many decode steps one launch may have, beside a single one."""
+
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 """Of the model's own distribution, or of the one that was sampled from; or their logits."""
 
@@ -43,12 +46,17 @@ class EngineConfig:
     logprobs_mode: str = "raw_logprobs"
     """One of `LOGPROBS_MODES`: what is returned as the log-probability of a sampled token."""
 
+    max_decode_steps: int = 1
+    """Most tokens that a row may generate in one launch (N); a launch has 1, or one of
+    `DECODE_STEPS` up to this."""
+
     block_q: int = 64
     """Tokens in a query block of a prefill chunk."""
 
     def __post_init__(self) -> None:
         """Checks what the fields alone can say."""
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_q"):
+        counts = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
+        for name in (*counts, "block_q", "max_decode_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.logprobs_mode not in LOGPROBS_MODES:

@@ -1,8 +1,8 @@
 """The few static choices of a program beside its shapes: what its batch asks of the sampler.
 
 A batch pays for what its rows use and nothing else, so each choice is a branch at
-trace time. They depend on the parameters of the requests and not on how far these
-have come, so that a batch keeps its program. No JAX here.
+trace time. All but `scored` depend on the parameters of the requests and not on how
+far these have come, so that a batch keeps its program. No JAX here.
 """
 
 import functools

@@ -18,9 +18,7 @@ import numpy as np
 from jaxllm.buckets import Bucket
 from jaxllm.flags import SamplingFlags
 from jaxllm.pallas_kernels.attention import LayerCache
-
-MAX_STOP_IDS = 8
-"""Stop tokens a row can carry into a decode loop; with more, it runs one step a launch."""
+from jaxllm.sequence import MAX_STOP_IDS
 
 IN_PROMPT = 1 << 30
 """In `token_counts`: the token occurs in the prompt."""

@@ -37,8 +37,18 @@ CPU_CACHE = 1 << 30
 less if all rows together do not."""
 
 DEFAULTS = {
-    "cpu": {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "memory_fraction": 0.9},
-    "gpu": {"max_num_seqs": 256, "max_num_batched_tokens": 8192, "memory_fraction": 0.92},
+    "cpu": {
+        "max_num_seqs": 64,
+        "max_num_batched_tokens": 2048,
+        "memory_fraction": 0.9,
+        "max_decode_steps": 1,  # a launch costs little beside a step
+    },
+    "gpu": {
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 8192,
+        "memory_fraction": 0.92,
+        "max_decode_steps": 32,
+    },
 }
 """By platform; `LLM`'s documentation states them."""
 
@@ -219,6 +229,7 @@ def _engine_config(wishes: Wishes, length: int, dtype: str, device: jax.Device) 
         enable_chunked_prefill=wishes.enable_chunked_prefill,
         max_logprobs=wishes.max_logprobs,
         logprobs_mode=wishes.logprobs_mode,
+        max_decode_steps=defaults["max_decode_steps"],
     )
 
 

@@ -9,6 +9,7 @@ Penalties are neither: they follow counts that the device keeps. NumPy only.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -80,24 +81,43 @@ class LogitRules:
         """Whether they change with the tokens generated, so that the host must see each."""
         return bool(self.bad_words or self.thinking)
 
-    def edits(self, output: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns ids, values and untils after these generated tokens."""
+    def now(self, prompt: Sequence[int], output: Sequence[int]) -> "Ruling":
+        """Returns what holds for the token after these.
+
+        A forced token is forced against every other rule.
+        """
+        forced = self.thinking.forced([*prompt, *output]) if self.thinking else None
+        if forced is not None:
+            return Ruling(NO_IDS, NO_VALUES, NO_IDS, bitmask([forced], self.vocab_size))
         banned = [word[-1] for word in self.bad_words if _ends_with(output, word[:-1])]
         if not banned:
-            return self.ids, self.values, self.until
-        return (
+            return Ruling(self.ids, self.values, self.until, self.allowed)
+        return Ruling(
             np.concatenate([self.ids, np.asarray(banned, np.int32)]),
             np.concatenate([self.values, np.full(len(banned), BAN, np.float32)]),
             np.concatenate([self.until, np.full(len(banned), ALWAYS, np.int32)]),
+            self.allowed,
         )
 
-    def mask(self, tokens: Sequence[int]) -> np.ndarray | None:
-        """Returns uint32 [V/32] after these tokens, prompt included; None allows all."""
-        forced = self.thinking.forced(tokens) if self.thinking else None
-        return self.allowed if forced is None else bitmask([forced], self.vocab_size)
+
+class Ruling(NamedTuple):
+    """What rules come to at one token."""
+
+    ids: np.ndarray
+    """int32 [K], tokens with an edit."""
+
+    values: np.ndarray
+    """float32 [K], what is added."""
+
+    until: np.ndarray
+    """int32 [K], length of the sequence from which the edit has ended."""
+
+    mask: np.ndarray | None
+    """uint32 [V/32], what is allowed; None allows all."""
 
 
-NO_RULES = LogitRules(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+NO_IDS, NO_VALUES = np.zeros(0, np.int32), np.zeros(0, np.float32)
+NO_RULES = LogitRules(NO_IDS, NO_VALUES, NO_IDS)
 
 
 def _ends_with(output: Sequence[int], tokens: tuple[int, ...]) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jaxllm.cache.prefix_cache import ROOT, PrefixCache
-from jaxllm.config import EngineConfig
+from jaxllm.config import DECODE_STEPS, EngineConfig
 from jaxllm.scoring import SampledLogprob
 from jaxllm.sequence import PlannedRow, Sequence, StepPlan
 from jaxllm.stopping import end_if_done
@@ -97,8 +97,42 @@ class Scheduler:
         if self.num_preemptions == preemptions:
             chunks += self._admit(budget)
         # A chunk of one token is a decode to the device: it only lacks the sampling history.
-        rows = sorted((*decodes, *chunks), key=lambda row: row.num_tokens > 1)
-        return StepPlan(rows=tuple(rows), num_decodes=sum(row.num_tokens == 1 for row in rows))
+        rows = tuple(sorted((*decodes, *chunks), key=lambda row: row.num_tokens > 1))
+        num_decodes = sum(row.num_tokens == 1 for row in rows)
+        return StepPlan(rows, num_decodes, 1 if chunks else self._lookahead(decodes))
+
+    def _lookahead(self, decodes: list[PlannedRow]) -> int:
+        """Returns how many tokens each row may generate in one launch, with pages for them.
+
+        One where something waits for a place, or a row's next token needs the host.
+        """
+        most = self.config.max_decode_steps
+        if most == 1 or self.waiting or not decodes:
+            return 1
+        seqs = [row.seq for row in decodes]
+        if any(seq.needs_host() or not seq.generates for seq in seqs):
+            return 1
+        left = [seq.remaining(self.config.max_model_len) for seq in seqs]
+        # A few steps too many at the end cost less than a program of their own.
+        wanted = max(left) if max(left) == 1 else max(*left, DECODE_STEPS[-1])
+        for steps in DECODE_STEPS:
+            if steps <= min(most, wanted) and self._reserve(seqs, left, steps):
+                return steps
+        return 1
+
+    def _reserve(self, seqs: list[Sequence], left: list[int], steps: int) -> bool:
+        """Gives sequences the pages that some steps will write, if there are enough."""
+        size = self.config.page_size
+        # The last token sampled is not written before the launch after.
+        ends = [s.num_tokens + min(n, steps) - 1 for s, n in zip(seqs, left, strict=True)]
+        missing = [
+            max(0, -(-end // size) - len(s.pages)) for s, end in zip(seqs, ends, strict=True)
+        ]
+        if sum(missing) > self.pool.num_free:
+            return False
+        for seq, count in zip(seqs, missing, strict=True):
+            seq.pages += self.pool.allocate(count)
+        return True
 
     def _admit(self, budget: int) -> list[PlannedRow]:
         """Starts waiting sequences while rows, tokens and pages last."""

@@ -8,6 +8,9 @@ from jaxllm.sampling_params import SamplingParams
 from jaxllm.scoring import SampledLogprob, Scoring
 from jaxllm.text_stream import TextStream
 
+MAX_STOP_IDS = 8
+"""Stop tokens a row can carry into a decode loop; with more, it runs one step a launch."""
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -108,6 +111,15 @@ class Sequence:
         eos = () if self.params.ignore_eos else self.eos_token_ids
         return tuple(dict.fromkeys((*eos, *self.params.stop_token_ids)))
 
+    def needs_host(self) -> bool:
+        """Whether the host must see each token before the next: to stop, to rule, to show it."""
+        return (
+            self.text is not None
+            or self.rules.needs_host
+            or self.params.repetition_detection is not None
+            or len(self.stop_ids()) > MAX_STOP_IDS
+        )
+
     def cacheable(self) -> int:
         """Returns how many of its tokens may be taken from the prefix cache."""
         if not self.reads_prefix_cache:
@@ -156,9 +168,6 @@ class StepPlan:
 
     lookahead: int = 1
     """Tokens that a row may generate in this launch (N)."""
-
-    needs_sync: bool = False
-    """Whether the host must see the result before it plans the next step."""
 
     @property
     def num_tokens(self) -> int:

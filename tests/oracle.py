@@ -208,7 +208,7 @@ def _fill_rules(values: dict[str, np.ndarray], i: int, row: Row, vocab_size: int
     )
     if "edit_ids" in values:
         for name, column in zip(
-            ("ids", "values", "until"), rules.edits(row.output_ids), strict=True
+            ("ids", "values", "until"), rules.now(row.prompt_ids, row.output_ids)[:3], strict=True
         ):
             values[f"edit_{name}"][i, : len(column)] = column
     if "mask" in values:

@@ -8,9 +8,9 @@ from jaxllm.batch import pack_plan, slots
 from jaxllm.buckets import Bucket, Buckets
 from jaxllm.config import EngineConfig
 from jaxllm.flags import flags_of
-from jaxllm.inputs import MAX_STOP_IDS, unpack
+from jaxllm.inputs import unpack
 from jaxllm.scheduler import Scheduler
-from jaxllm.sequence import PlannedRow, StepPlan
+from jaxllm.sequence import MAX_STOP_IDS, PlannedRow, StepPlan
 from tests.fake import FakeDevice, make_sequence
 
 CONFIG = EngineConfig(
@@ -293,3 +293,11 @@ def test_every_plan_of_a_random_load_packs(seed):
         scheduler.update(plan, device.run(plan))
 
     assert scheduler.num_preemptions > 0
+
+
+@pytest.mark.parametrize("penalty", [1e39, 1e-50])
+def test_a_penalty_that_float32_cannot_hold_makes_no_nan(penalty):
+    inputs, _ = packed(row(1, repetition_penalty=penalty, output=[1]))
+
+    assert np.isfinite(inputs.repetition_penalty[0])
+    assert inputs.repetition_penalty[0] > 0

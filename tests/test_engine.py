@@ -41,13 +41,15 @@ class Maker:
         self.builder = ProgramBuilder(model, CONFIG, sharder(), MOST_PAGES)
         self.programs = ProgramCache(self.builder)
 
-    def __call__(self, *, num_pages=MOST_PAGES, budget=32):
+    def __call__(self, *, num_pages=MOST_PAGES, budget=32, decode_steps=1):
         """An engine whose cache starts poisoned: any read of a stale slot gives NaN."""
         runner = ModelRunner(self.builder, self.params, full_of_nan)
         runner.programs = self.programs
         engine = Engine(runner)
         # A smaller pool and budget than the programs were built for, which they cannot see.
-        config = dataclasses.replace(CONFIG, max_num_batched_tokens=budget)
+        config = dataclasses.replace(
+            CONFIG, max_num_batched_tokens=budget, max_decode_steps=decode_steps
+        )
         engine.scheduler = Scheduler(config, num_pages)
         return engine
 
@@ -226,3 +228,65 @@ def test_sampled_tokens_do_not_depend_on_batch_chunks_or_preemption(llama, promp
     assert alone["0"] == together["0"]
     assert squeezed == together
     assert preemptions > 0
+
+
+@pytest.mark.parametrize("decode_steps", [8, 32])
+@pytest.mark.parametrize("num_pages", [MOST_PAGES, 1 + 28])
+def test_several_steps_a_launch_give_the_same_tokens(
+    llama, prompts, expected, decode_steps, num_pages
+):
+    make, _ = llama
+    engine = make(num_pages=num_pages, decode_steps=decode_steps)
+    lengths = [NUM_NEW - i for i in range(len(prompts))]  # they end within launches
+    requests = [request(str(i), p, lengths[i]) for i, p in enumerate(prompts)]
+
+    done = run(engine, [(0, asked) for asked in requests])
+
+    assert done == {str(i): expected[str(i)][: lengths[i]] for i in range(len(prompts))}
+    assert engine.stats.num_steps < sum(lengths) / 4 + 30
+
+
+def test_stop_tokens_end_a_row_within_a_launch(llama, prompts, expected):
+    make, _ = llama
+    engine = make(decode_steps=8)
+    stops = [expected[str(i)][3 + i % 5] for i in range(4)]
+    asked = [request(str(i), prompts[i], stop_token_ids=[stops[i]]) for i in range(4)]
+
+    done = run(engine, [(0, one) for one in asked])
+
+    for i, stop in enumerate(stops):
+        want = expected[str(i)]
+        assert done[str(i)] == want[: want.index(stop) + 1]
+    assert all(one.sequences[0].finish_reason == "stop" for one in asked)
+
+
+def test_sampling_with_penalties_and_logprobs_is_the_same_for_every_number_of_steps(llama, prompts):
+    make, _ = llama
+
+    def sampled(decode_steps):
+        engine = make(decode_steps=decode_steps)
+        rules = {"temperature": 0.9, "repetition_penalty": 1.4, "frequency_penalty": 0.5}
+        asked = [request(str(i), prompts[i], 20, logprobs=2, top_k=20, **rules) for i in range(4)]
+        for i, one in enumerate(asked):
+            one.sequences[0].seed = i
+        tokens = run(engine, [(0, one) for one in asked])
+        found = [[(lp.rank, lp.ids) for lp in one.sequences[0].logprobs] for one in asked]
+        return tokens, found, engine.stats.num_steps
+
+    one, several = sampled(1), sampled(8)
+
+    assert several[:2] == one[:2]
+    assert several[2] < one[2] / 2
+
+
+def test_a_row_that_needs_the_host_gets_one_token_a_launch(llama, prompts, expected):
+    make, _ = llama
+    engine = make(decode_steps=8)
+    many = request("0", prompts[0], stop_token_ids=range(90, 101))
+
+    done = run(engine, [(0, many)])
+
+    want = expected["0"]
+    ends = [i for i, token in enumerate(want) if token >= 90]
+    assert done["0"] == want[: ends[0] + 1] if ends else want
+    assert all("x1 " in name for name in engine.stats.compile_seconds)

@@ -7,7 +7,6 @@ import pytest
 from jaxllm.buckets import Bucket
 from jaxllm.flags import SamplingFlags
 from jaxllm.inputs import (
-    MAX_STOP_IDS,
     ChunkInputs,
     SamplingInputs,
     ScoreInputs,
@@ -17,6 +16,7 @@ from jaxllm.inputs import (
     pack,
     unpack,
 )
+from jaxllm.sequence import MAX_STOP_IDS
 
 DECODE = Bucket(tokens=4, rows=4, width=3, decode_rows=4, query_blocks=0)
 MIXED = Bucket(tokens=10, rows=4, width=3, decode_rows=4, query_blocks=6)

@@ -276,6 +276,38 @@ def test_a_stop_string_may_lie_across_tokens(llm):
     assert len(cut.token_ids) < 30
 
 
+# ---------------------------------------------------------------- prompts
+
+
+def test_a_long_prompt_can_be_cut_on_either_side(llm):
+    ids = llm.get_tokenizer().encode("x = 1\n" * 300)
+    assert len(ids) > llm.max_model_len
+
+    def cut(**kwargs):
+        return llm.generate(
+            "x = 1\n" * 300, greedy(max_tokens=1), use_tqdm=False, tokenization_kwargs=kwargs
+        )[0].prompt_token_ids
+
+    assert cut(truncate_prompt_tokens=7) == ids[-7:]
+    assert cut(truncate_prompt_tokens=7, truncation_side="right") == ids[:7]
+    assert len(cut(truncate_prompt_tokens=-1)) == llm.max_model_len - 1
+
+
+def test_two_bos_tokens_in_front_are_warned_of_once(llm, caplog):
+    tokenizer = llm.get_tokenizer()
+    before = tokenizer.bos_token
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(3)
+    text = tokenizer.decode([3]) * 2
+    try:
+        with caplog.at_level("WARNING", logger="jaxllm"):
+            for _ in range(2):
+                llm.generate(text, greedy(max_tokens=1), use_tqdm=False)
+    finally:
+        tokenizer.bos_token = before
+
+    assert caplog.text.count("begins with two BOS tokens") == 1
+
+
 # ---------------------------------------------------------------- errors in a batch
 
 

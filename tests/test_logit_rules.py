@@ -25,7 +25,7 @@ def rules(*, prompt_len=3, stop_ids=(), bad_words=(), thinking=None, vocab_size=
 
 def edits(rules, output=()):
     """{(token, value, until)}, after these generated tokens."""
-    ids, values, until = rules.edits(list(output))
+    ids, values, until, _ = rules.now([], list(output))
     assert (ids.dtype, values.dtype, until.dtype) == (np.int32, np.float32, np.int32)
     assert len(ids) == len(values) == len(until) <= rules.num_edits
     return set(zip(ids.tolist(), values.tolist(), until.tolist(), strict=True))
@@ -44,7 +44,7 @@ def bits(words, vocab_size=V):
 def test_a_request_without_rules_has_none():
     assert rules(temperature=0.5, top_k=3, repetition_penalty=2.0, stop_ids=(1,)) is NO_RULES
     assert edits(NO_RULES, [1, 2]) == set()
-    assert NO_RULES.mask([1, 2]) is None
+    assert NO_RULES.now([1, 2], []).mask is None
     assert NO_RULES.num_edits == NO_RULES.mask_words == 0
     assert not NO_RULES.needs_host
 
@@ -157,7 +157,7 @@ def test_a_token_may_be_named_twice_in_a_bitmask():
 def test_allowed_tokens_are_a_mask_that_never_changes():
     made = rules(allowed_token_ids=[0, 31, 32, 39])
 
-    assert bits(made.mask([])) == bits(made.mask([1, 2])) == {0, 31, 32, 39}
+    assert bits(made.now([], []).mask) == bits(made.now([1, 2], []).mask) == {0, 31, 32, 39}
     assert made.mask_words == 2
     assert made.num_edits == 0
     assert not made.needs_host
@@ -167,7 +167,7 @@ def test_allowed_tokens_are_a_mask_that_never_changes():
 def test_a_mask_has_as_many_words_as_the_vocabulary_needs(vocab_size, words):
     made = rules(allowed_token_ids=[0], vocab_size=vocab_size)
 
-    assert made.mask_words == words == len(made.mask([]))
+    assert made.mask_words == words == len(made.now([], []).mask)
 
 
 # -------------------------------------------------------------------- thinking
@@ -206,9 +206,9 @@ def test_a_budget_of_zero_ends_thinking_at_once():
 def test_a_forced_token_is_the_only_one_allowed():
     made = rules(thinking=ThinkingBudget(THINK, END, 1))
 
-    assert made.mask([THINK]) is None
-    assert bits(made.mask([THINK, 3])) == {END}
-    assert made.mask([THINK, 3, END]) is None
+    assert made.now([THINK], []).mask is None
+    assert bits(made.now([THINK, 3], []).mask) == {END}
+    assert made.now([THINK, 3, END], []).mask is None
     assert made.mask_words == 2
     assert made.needs_host
 
@@ -216,5 +216,23 @@ def test_a_forced_token_is_the_only_one_allowed():
 def test_a_forced_token_need_not_be_among_the_allowed():
     made = rules(thinking=ThinkingBudget(THINK, END, 1), allowed_token_ids=[1, 2])
 
-    assert bits(made.mask([THINK])) == {1, 2}
-    assert bits(made.mask([THINK, 3])) == {END}
+    assert bits(made.now([THINK], []).mask) == {1, 2}
+    assert bits(made.now([THINK, 3], []).mask) == {END}
+
+
+def test_a_forced_token_is_forced_against_every_ban():
+    rules = rules_of(
+        SamplingParams(logit_bias={END: -100.0}, max_tokens=9, min_tokens=4),
+        prompt_len=2,
+        stop_ids=[END],
+        bad_words=[(END,)],
+        thinking=ThinkingBudget(THINK, END, 1),
+        vocab_size=40,
+    )
+
+    free, forced = rules.now([1, THINK], []), rules.now([1, THINK], [3])
+
+    assert len(free.ids) == 3
+    assert free.mask is None
+    assert len(forced.ids) == 0
+    assert bits(forced.mask) == {END}
