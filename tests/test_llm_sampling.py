@@ -295,9 +295,8 @@ def test_a_long_prompt_can_be_cut_on_either_side(llm):
 
 def test_two_bos_tokens_in_front_are_warned_of_once(llm, caplog):
     tokenizer = llm.get_tokenizer()
-    before = tokenizer.bos_token
-    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(3)
-    text = tokenizer.decode([3]) * 2
+    before, text = tokenizer.bos_token, "~~"
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(tokenizer.encode(text)[0])
     try:
         with caplog.at_level("WARNING", logger="jaxllm"):
             for _ in range(2):
