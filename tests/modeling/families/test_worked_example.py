@@ -42,7 +42,7 @@ def followed(monkeypatch):
     (code,) = re.findall(r"```python\n(\"\"\"StableLM.*?)```", text, re.DOTALL)
     line = re.search(r'`"(\w+)": "(\w+)",` in the registry', text)
     module = types.ModuleType(NAME)
-    exec(compile(code, "stablelm.py", "exec"), module.__dict__)  # noqa: S102
+    exec(compile(code, "stablelm.py", "exec"), module.__dict__)
     monkeypatch.setitem(sys.modules, NAME, module)
     monkeypatch.setitem(registry.ARCHITECTURES, line[1], line[2])
 
