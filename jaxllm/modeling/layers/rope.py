@@ -1,8 +1,8 @@
 """Rotary position embeddings (arXiv:2104.09864) and their context scalings.
 
-The frequencies are worked out once on the host, in float32 and with the
-formulas of transformers' `modeling_rope_utils`, because a difference in the last
-bit of a frequency grows with the position.
+The frequencies are worked out once on the host, in float32 (their powers exactly,
+then rounded) and with the formulas of transformers' `modeling_rope_utils`, because
+a difference in the last bit of a frequency grows with the position.
 """
 
 import math

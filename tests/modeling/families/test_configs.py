@@ -3,13 +3,16 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+from flax import nnx
 from transformers import GPT2Config
 
 from jaxllm.errors import UnsupportedModelError
 from jaxllm.modeling import registry
 from jaxllm.modeling.abstract import abstract_model
-from tests.tiny import gpt2_config, opt_config, sharder
+from jaxllm.modeling.families import gemma2
+from tests.tiny import gpt2_config, opt_config, sharder, tiny_model
 
 OPT_125M = {
     "_name_or_path": "facebook/opt-125m",
@@ -192,3 +195,12 @@ def test_inner_size_is_four_times_the_width_unless_stated():
     assert dataclasses.replace(read(hf), mlp_dim=100) == read(
         gpt2_config(architectures=["GPT2LMHeadModel"], hidden_size=96, intermediate_size=100)
     )
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [("bfloat16", 8.5), ("float32", np.float32(72**0.5))])
+def test_gemma2_scales_embeddings_by_a_number_of_its_own_type(dtype, scale):
+    config, _, _ = tiny_model("gemma2", hidden_size=72)
+
+    model = gemma2.build(config, dtype=dtype, rngs=nnx.Rngs(0))
+
+    assert model.embed.scale == scale
