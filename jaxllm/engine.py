@@ -13,6 +13,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from jaxllm import interrupts
 from jaxllm.batch import pack_plan
 from jaxllm.buckets import Buckets
 from jaxllm.errors import NonFiniteError, RequestError
@@ -82,10 +83,11 @@ class Engine:
             self.recover()  # the last call's own recovery was interrupted
         self.in_call = frozenset(request.request_id for request in requests)
         try:
-            for request in requests:
-                if request.request_id not in self.requests and not request.is_finished:
-                    self.add_request(request)
-            yield
+            with interrupts.noticed():
+                for request in requests:
+                    if request.request_id not in self.requests and not request.is_finished:
+                        self.add_request(request)
+                yield
         except BaseException:
             self.recover()
             raise
@@ -98,6 +100,7 @@ class Engine:
         choose, is finished with its `error` set; the others go on.
         """
         start = time.perf_counter()
+        interrupts.check()
         self._abort_doomed()
         if not self.scheduler.has_work:
             return []

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm import interrupts
 from jaxllm.chat import doubled_bos
 from jaxllm.errors import RequestError
 from jaxllm.logit_rules import LogitRules, ThinkingBudget, rules_of
@@ -71,8 +72,20 @@ class RequestBuilder:
         Raises:
             RequestError: A prompt or its parameters cannot be run.
         """
+        with interrupts.noticed():
+            return self._generations(prompts, params, tokenization, streams, keep_errors)
+
+    def _generations(
+        self,
+        prompts: Sequence[Prompt | RequestError],
+        params: Sequence[SamplingParams],
+        tokenization: Mapping | None,
+        streams: bool,
+        keep_errors: bool,
+    ) -> list[Request]:
         requests = []
         for prompt, one in zip(prompts, params, strict=True):
+            interrupts.check()
             try:
                 if isinstance(prompt, RequestError):
                     raise prompt

@@ -15,7 +15,7 @@ ROOT = Path(jaxllm.__file__).parent
 LEVELS = [
     # A file may import from its own level and those above. A folder speaks for all its
     # files; where both a folder and a file in it are named, the file's own place counts.
-    ["errors", "logs", "hlo", "compile_cache"],
+    ["errors", "logs", "interrupts", "hlo", "compile_cache"],
     ["keywords", "vllm_keywords", "config", "sampling_params", "pooling_params", "outputs"],
     ["prompts", "generation_defaults", "logit_rules", "text_stream", "truncation", "chat"],
     ["modeling.config", "devices", "sharding", "pallas_kernels", "tokenizer", "hub"],
@@ -46,6 +46,7 @@ HOST_FILES = [
     "flags",
     "generation_defaults",
     "hlo",
+    "interrupts",
     "keywords",
     "logit_rules",
     "logs",

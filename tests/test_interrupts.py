@@ -3,11 +3,15 @@
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.interrupts import check, noticed
+from jaxllm.prompts import parse_prompts
+from jaxllm.request_builder import RequestBuilder
 from tests.interrupts import Interrupts, count_events
 from tests.tiny import Naive, random_prompts, tiny_model
 
@@ -192,3 +196,108 @@ def test_interrupted_wait_forgets_its_requests_and_later_ones_are_answered(llm, 
 
     assert llm.wait_for_completion(use_tqdm=False) == []
     assert_exact(llm, "enqueue", expected)
+
+
+# ---------------------------------------------------------------- interrupts that Python drops
+
+
+class Dropped:
+    """Ctrl-C comes while this is thrown away; Python only reports what is raised there."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+class Bar:
+    """A progress bar that drops an interrupt as it is made, and counts what is finished."""
+
+    def __init__(self, **_):
+        Dropped()
+        self.count = 0
+
+    def update(self, count):
+        self.count += count
+
+    def set_postfix_str(self, *_, **__):
+        pass
+
+    def close(self):
+        pass
+
+
+def test_interrupt_in_a_finalizer_ends_the_call_at_its_next_step(llm, expected):
+    bars = []
+
+    def bar(**options):
+        bars.append(Bar(**options))
+        return bars[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, GREEDY, use_tqdm=bar)
+
+    assert [bar.count for bar in bars] == [0]
+    for name in USES:
+        assert_exact(llm, name, expected)
+
+
+def test_interrupt_in_a_finalizer_ends_the_making_of_requests():
+    class Tokenizer:
+        """Drops an interrupt at its first text."""
+
+        eos_token_id = None
+        encoded = 0
+
+        def __len__(self):
+            return 10
+
+        def get_vocab(self):
+            return {}
+
+        def encode(self, text, **_):
+            self.encoded += 1
+            if self.encoded == 1:
+                Dropped()
+            return [1]
+
+    tokenizer = Tokenizer()
+    builder = RequestBuilder(tokenizer, 10, MAX_LEN, 20, (), np.random.default_rng(0))
+
+    with pytest.raises(KeyboardInterrupt):
+        builder.generation(parse_prompts(["a"] * 5), [GREEDY] * 5)
+
+    assert tokenizer.encoded == 1
+
+
+def test_lost_interrupt_is_raised_where_one_asks_or_at_the_end():
+    def end_early():
+        with noticed():
+            Dropped()
+            check()
+            pytest.fail("not reached")
+
+    def run_through():
+        with noticed():
+            Dropped()
+
+    for work in (end_early, run_through):
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        check()  # and it is over
+
+
+def test_handler_of_the_application_is_left_in_place(llm):
+    came = []
+    former = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+
+    try:
+        llm.generate(PROMPTS, GREEDY, use_tqdm=Bar)
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+    assert came == [True]
+
+
+def test_calls_of_other_threads_touch_no_handler(llm, expected):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(generate, llm).result() == expected["generate"]
