@@ -19,7 +19,14 @@ from tqdm.auto import tqdm
 
 from jaxllm.buckets import Buckets
 from jaxllm.cache.kv_cache import bytes_per_token
-from jaxllm.cache.memory import GIB, MemoryPlan, counts_bytes, plan_memory, temp_bound
+from jaxllm.cache.memory import (
+    GIB,
+    MemoryPlan,
+    autotune_bytes,
+    counts_bytes,
+    plan_memory,
+    temp_bound,
+)
 from jaxllm.config import EngineConfig
 from jaxllm.devices import memory_in_use, memory_limit, resolve_dtype
 from jaxllm.errors import ConfigError
@@ -328,6 +335,8 @@ def _plan_memory(
         )
     temp = temp_bound(config, engine, Buckets(engine).largest())
     temp += counts_bytes(config, engine) // shards  # made when the first penalty is asked for
+    if not on_cpu:
+        temp += autotune_bytes(model.largest_leaf_per_device())
     cache_bytes = wishes.cache_bytes
     if wishes.num_pages is not None:
         cache_bytes = (wishes.num_pages + 1) * engine.page_size * token_bytes  # and the trash page

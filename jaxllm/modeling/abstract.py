@@ -54,6 +54,12 @@ class Leaf:
         """Bytes over all devices, replicas not counted."""
         return self.shape.size * self.shape.dtype.itemsize
 
+    def bytes_per_device(self) -> int:
+        """Bytes of its shard."""
+        shape, sharding = self.shape.shape, self.shape.sharding
+        shard = sharding.shard_shape(shape) if sharding else shape
+        return math.prod(shard) * self.shape.dtype.itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class AbstractModel:
@@ -81,15 +87,11 @@ class AbstractModel:
 
     def bytes_per_device(self) -> int:
         """Bytes of the parameters on the fullest device."""
-        total = 0
-        for leaf in self.leaves:
-            sharding = leaf.shape.sharding
-            shard = sharding.shard_shape(leaf.shape.shape) if sharding else leaf.shape.shape
-            size = leaf.shape.dtype.itemsize
-            for dim in shard:
-                size *= dim
-            total += size
-        return total
+        return sum(leaf.bytes_per_device() for leaf in self.leaves)
+
+    def largest_leaf_per_device(self) -> int:
+        """Bytes of the largest parameter on a device."""
+        return max(leaf.bytes_per_device() for leaf in self.leaves)
 
 
 def abstract_model(
