@@ -1,5 +1,6 @@
 """From a model's name to a local folder: a hub id and a folder go one way."""
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +22,11 @@ PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 IGNORED = ["original/**", "consolidated*"]
 IGNORED += [f"{at}{name}/**" for name in ("onnx", "openvino") for at in ("", "**/")]
 
-CONFIG_ERRORS = (ValueError, KeyError, TypeError, StrictDataclassError)
+CONFIG_ERRORS = (ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError)
 """What reading a config.json raises whose values make no sense; the last is the hub's own."""
+
+JSON_ERRORS = (UnicodeDecodeError, json.JSONDecodeError, RecursionError)
+"""What reading a file raises that is no JSON; the last where it is nested without an end."""
 
 DEMO = Path(__file__).parent / "demo" / "model"
 

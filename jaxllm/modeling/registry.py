@@ -21,7 +21,7 @@ from jaxllm.errors import (
     UnsupportedModelError,
     nearest,
 )
-from jaxllm.hub import CONFIG_ERRORS
+from jaxllm.hub import CONFIG_ERRORS, JSON_ERRORS
 from jaxllm.modeling.config import ModelConfig
 from jaxllm.modeling.decoder import Decoder
 from jaxllm.modeling.weights import Weight
@@ -222,7 +222,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except JSON_ERRORS as error:
         raise CheckpointError(
             f"{str(path)!r} is not valid JSON ({error}). Download the file again."
         ) from error
@@ -295,7 +295,13 @@ def model_config(hf: PreTrainedConfig, family: Family) -> ModelConfig:
             default and is not handled. Such a model would be silently wrong.
     """
     _refuse_unhandled(hf, family)
-    config = family.config_from_hf(hf)
+    try:
+        config = family.config_from_hf(hf)
+    except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"config.json has values that a {type(hf).__name__} cannot have ({error!r}). Download "
+            "the file again, or do not use this checkpoint."
+        ) from error
     _refuse_absurd(config)
     return config
 

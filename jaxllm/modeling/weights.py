@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.errors import CheckpointError
+from jaxllm.hub import JSON_ERRORS
 
 if TYPE_CHECKING:
     from jaxllm.modeling.abstract import AbstractModel, Leaf
@@ -135,7 +136,8 @@ def weight_files(folder: Path) -> list[Path]:
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
-    files = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter"))
+    found = folder.glob("*.safetensors")
+    files = sorted(p for p in found if p.is_file() and not p.name.startswith("adapter"))
     if files:
         return files
     pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
@@ -153,8 +155,8 @@ def weight_files(folder: Path) -> list[Path]:
 def _indexed_files(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        strangers = [name for name in names if Path(name).name != name]
-    except (KeyError, AttributeError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        strangers = [name for name in names if Path(name).name != name or name == ".."]
+    except (KeyError, AttributeError, TypeError, *JSON_ERRORS) as error:
         raise CheckpointError(
             f"{str(index)!r} is not a weight index ({error!r}). Download the file again."
         ) from error
@@ -194,7 +196,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
         entries = json.loads(raw)
         entries.pop("__metadata__", None)
         return {name: _tensor(file, name, e, 8 + length, size) for name, e in entries.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
