@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from transformers import (
     Gemma2Config,
     GPT2Config,
+    GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -58,6 +59,11 @@ def gpt2_config(**sizes):
     return GPT2Config(**{names.get(k, k): v for k, v in sizes.items() if "key_value" not in k})
 
 
+def gpt_neox_config(**sizes):
+    """A GPTNeoXConfig of sizes in Llama's names."""
+    return GPTNeoXConfig(**{k: v for k, v in sizes.items() if "key_value" not in k})
+
+
 CONFIGS = {
     "llama": (LlamaConfig, {"architectures": ["LlamaForCausalLM"]}),
     "qwen3": (Qwen3Config, {"architectures": ["Qwen3ForCausalLM"], "head_dim": 8}),
@@ -85,6 +91,11 @@ CONFIGS = {
         },
     ),
     "gpt2": (gpt2_config, {"architectures": ["GPT2LMHeadModel"]}),
+    # Branches side by side are summed once a layer between devices, and not twice.
+    "gpt_neox": (
+        gpt_neox_config,
+        {"architectures": ["GPTNeoXForCausalLM"], "use_parallel_residual": False},
+    ),
     # Narrow embeddings, so that every line of the weight table has a parameter.
     "opt": (opt_config, {"architectures": ["OPTForCausalLM"], "word_embed_proj_dim": 24}),
 }

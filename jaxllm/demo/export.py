@@ -38,7 +38,7 @@ def to_checkpoint(
                 "Give the table of the model's own family."
             )
         names = [name.format(i=layer[1] if layer else "") for name in line.names]
-        parts = _split(leaf, np.asarray(param))
+        parts = _split(line.stored(leaf), np.asarray(param))
         if len(names) == 1:
             parts = [np.concatenate(parts)]
         undo = line.transform or (lambda part: part)

@@ -30,6 +30,7 @@ from jaxllm.sampling_params import as_integer
 # Architecture name in config.json -> module in `families`.
 ARCHITECTURES: dict[str, str] = {
     "GPT2LMHeadModel": "gpt2",
+    "GPTNeoXForCausalLM": "gpt_neox",
     "Gemma2ForCausalLM": "gemma2",
     "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",

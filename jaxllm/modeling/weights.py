@@ -14,7 +14,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,8 @@ class Weight:
         names: str | Sequence[str],
         path: str,
         transform: Callable[[np.ndarray], np.ndarray] | None = None,
+        *,
+        interleaved: bool = False,
     ) -> None:
         """Declares the line.
 
@@ -68,10 +70,17 @@ class Weight:
             transform: Applied to each tensor before its shape is checked; must
                 return a view, so that slices stay cheap, and undo itself: a
                 transpose, say.
+            interleaved: The one tensor holds the parts in the parameter's own order:
+                queries, key and value of a KV head, then those of the next.
         """
         self.names = (names,) if isinstance(names, str) else tuple(names)
         self.path = path
         self.transform = transform
+        self.interleaved = interleaved
+
+    def stored(self, leaf: Leaf) -> Leaf:
+        """Returns the parameter as the tensors divide it: not, if they are interleaved."""
+        return replace(leaf, parts=(), part_axis=0) if self.interleaved else leaf
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +326,7 @@ def match(
             problems += [f"{name!r} is missing" for name in missing]
         else:
             tensors = tuple(checkpoint.tensors[name] for name in found)
-            source = Source(leaf, tensors, line.transform)
+            source = Source(line.stored(leaf), tensors, line.transform)
             problems += _wrong_shapes(source, found)
             sources.append(source)
     extra = [

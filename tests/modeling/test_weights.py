@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 import struct
@@ -458,6 +459,31 @@ def test_transform_is_applied_before_the_shape_is_checked(tmp_path):
     gate_up = np.asarray(params["layers.0.mlp.gate_up.weight"])
     np.testing.assert_array_equal(gate_up[:, 1], up)
     assert f"{DOWN!r} has shape [{F}, {E}]" in problems_of(tmp_path, llama_model())
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_interleaved_tensor_holds_the_queries_key_and_value_of_each_kv_head(tmp_path, size):
+    tensors = hf_tensors(bias=True, vocab=104)
+    expected = {}
+    for i, kind in itertools.product(range(L), ("weight", "bias")):
+        parts = [tensors.pop(f"model.layers.{i}.self_attn.{n}_proj.{kind}") for n in "qkv"]
+        heads = [part.reshape(K, -1, D, *part.shape[1:]) for part in parts]
+        expected[f"layers.{i}.attn.qkv.{kind}"] = np.concatenate(heads, axis=1)  # [K, G+2, D, ...]
+    fused = {f"model.{path}": qkv.reshape(-1, *qkv.shape[3:]) for path, qkv in expected.items()}
+    save(tmp_path, tensors | fused)
+    table = [
+        Weight(f"model.{line.path}", line.path, interleaved=True) if "qkv" in line.path else line
+        for line in llama.WEIGHTS
+    ]
+    config = {"attention_bias": True, "mlp_bias": True, "vocab_size": 104}
+
+    params = loaded(tmp_path, llama_model(on=tensor_sharder(size), **config), table)
+
+    for path, qkv in expected.items():
+        assert len(params[path].addressable_shards) == size
+        for shard in params[path].addressable_shards:
+            np.testing.assert_array_equal(shard.data, qkv[shard.index])
+        assert params[path].sharding.is_fully_replicated == (size == 1)
 
 
 def test_transform_that_a_tensor_is_too_flat_for_is_listed(tmp_path):

@@ -12,6 +12,7 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2LMHeadModel,
+    GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -35,7 +36,7 @@ from tests.parity import (
     references,
     write,
 )
-from tests.tiny import gpt2_config, opt_config
+from tests.tiny import gpt2_config, gpt_neox_config, opt_config
 
 pytestmark = pytest.mark.torch
 
@@ -101,6 +102,10 @@ def gpt2(name, **changes):
     return Variant(f"gpt2-{name}", GPT2LMHeadModel, gpt2_config, changes)
 
 
+def gpt_neox(name, **changes):
+    return Variant(f"gpt_neox-{name}", GPTNeoXForCausalLM, gpt_neox_config, changes)
+
+
 def opt(name, **changes):
     return Variant(f"opt-{name}", OPTForCausalLM, opt_config, changes)
 
@@ -163,6 +168,18 @@ VARIANTS = [
     ),
     gpt2("inverse-layer-scale", scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False),
     gpt2("unscaled-upcast", scale_attn_weights=False, reorder_and_upcast_attn=True),
+    gpt_neox("parallel", layer_norm_eps=0.1),
+    gpt_neox("sequential-whole-heads", use_parallel_residual=False, rotary_pct=1.0),
+    gpt_neox("tied-gelu-new", tie_word_embeddings=True, hidden_act="gelu_new", rotary_pct=1.0),
+    gpt_neox(
+        "no-attention-bias-odd-vocab", attention_bias=False, vocab_size=97, intermediate_size=200
+    ),
+    gpt_neox(
+        "sequential-tied-linear-rope",
+        use_parallel_residual=False,
+        tie_word_embeddings=True,
+        rope_parameters={**LINEAR_ROPE, "partial_rotary_factor": 0.5},
+    ),
     opt("tied"),
     opt("post-norm-projected", do_layer_norm_before=False, word_embed_proj_dim=40),
     opt("no-bias-untied", enable_bias=False, tie_word_embeddings=False),
