@@ -813,7 +813,8 @@ NOISE = {"log", "log_plus_one", "divide"}  # and a division by the temperature
         ),
         (SamplingFlags(logprobs=1, logprob_ids=16), "raw_logits", {"gather", "top_k"}),
     ],
-    ids=lambda value: str(value) or "nothing",
+    # In a fixed order: the workers of a test run must agree on names.
+    ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else str(value) or "plain",
 )
 def test_a_batch_pays_only_for_what_it_uses(flags, mode, expected):
     assert operations(flags, mode) == expected
