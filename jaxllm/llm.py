@@ -734,8 +734,8 @@ def _params_list(given: Any) -> list[SamplingParams]:
 def _no_adapter(lora_request: Any) -> None:
     if lora_request is not None:
         raise RequestError(
-            "lora_request was given, and adapters are not implemented. Merge the adapter into the "
-            "model's weights, or leave it out."
+            "Got lora_request but LoRA is not enabled! Here adapters are not implemented: merge "
+            "the adapter into the model's weights, or leave it out."
         )
 
 

@@ -275,8 +275,8 @@ def family(name: str) -> Family:
         return cast("Family", importlib.import_module(module))
     except Exception as error:  # whatever the module does wrong, the caller must read it
         raise FamilyImportError(
-            f"The model is supported, but its family failed to import: {module} raised "
-            f"{type(error).__name__}: {error}. Mend that file, or install what it needs."
+            f"The model is supported, but its code failed to be inspected: importing {module} "
+            f"raised {type(error).__name__}: {error}. Mend that file, or install what it needs."
         ) from error
 
 

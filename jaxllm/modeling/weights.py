@@ -312,7 +312,7 @@ def match(
             or a shape is wrong. All of them are listed.
     """
     lines = {line.path: line for line in table}
-    sources, used, problems = [], set(), []
+    sources, used, absent, problems = [], set(), [], []
     for leaf in model.leaves:
         line = lines.get(re.sub(r"\.\d+\.", ".{i}.", leaf.path))
         layer = re.search(r"\.(\d+)\.", leaf.path)
@@ -323,7 +323,7 @@ def match(
         if line is None:
             problems.append(f"no line of the weight table fills {leaf.path!r}")
         elif missing:
-            problems += [f"{name!r} is missing" for name in missing]
+            absent += [f"{name!r} is missing" for name in missing]
         else:
             tensors = tuple(checkpoint.tensors[name] for name in found)
             source = Source(line.stored(leaf), tensors, line.transform)
@@ -335,6 +335,9 @@ def match(
         if name not in used and not any(fnmatch.fnmatch(name, p) for p in ignored)
     ]
     problems += [f"There is no module or parameter named {name!r}" for name in extra]
+    if absent:
+        absent[0] = f"Following weights were not initialized from checkpoint: {absent[0]}"
+    problems = absent + problems
     if problems:
         shown = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
         raise CheckpointError(
