@@ -1,7 +1,10 @@
 """Making, closing and interrupting: nothing leaks, and the engine is exact afterwards."""
 
 import gc
+import logging
 import random
+import re
+import shutil
 import signal
 import threading
 
@@ -105,6 +108,24 @@ def test_del_frees_the_arrays_at_once(checkpoints):
     assert len(jax.live_arrays()) == live
 
 
+def test_cell_that_is_run_again_frees_the_former_model_without_a_collection(checkpoints):
+    cell = compile("llm = LLM(folder, **options)\nllm.generate([[1, 2]], params)", "cell", "exec")
+    params = SamplingParams(temperature=0, max_tokens=2)
+    notebook = {"LLM": LLM, "folder": checkpoints(), "options": SMALL, "params": params}
+    exec(cell, notebook)
+    gc.collect()
+    gc.disable()
+    try:
+        one = len(jax.live_arrays())
+        for _ in range(3):
+            exec(cell, notebook)
+
+            assert len(jax.live_arrays()) == one
+    finally:
+        gc.enable()
+    notebook["llm"].close()
+
+
 def test_rebinding_a_name_frees_the_former_model(checkpoints):
     live = num_live()
     llm = LLM(checkpoints(), **SMALL)
@@ -129,6 +150,18 @@ def test_two_models_at_once_do_not_meet(llm, expected, checkpoints):
     assert generate(llm) == expected
 
 
+def test_streams_of_two_models_in_turn_do_not_meet(llm, expected, checkpoints):
+    with LLM(checkpoints(seed=1), **SMALL) as other:
+        alone = generate(other)
+        last = {}
+        for pair in zip(llm.stream(PROMPTS, GREEDY), other.stream(PROMPTS, GREEDY), strict=True):
+            for which, output in zip(("ours", "other"), pair, strict=True):
+                last[which, int(output.request_id)] = output.outputs[0].token_ids
+
+    assert [last[key] for key in sorted(last) if key[0] == "ours"] == expected
+    assert [last[key] for key in sorted(last) if key[0] == "other"] == alone
+
+
 def test_failed_load_leaves_no_array(checkpoints, tmp_path):
     live = num_live()
 
@@ -144,6 +177,65 @@ def test_calls_in_a_row_give_the_same_tokens(llm, expected):
     assert [generate(llm) for _ in range(3)] == [expected] * 3
     assert_clean(llm)
     assert llm.stats()["num_preemptions"] > 0
+
+
+# ---------------------------------------------------------------- what it says of itself
+
+
+def test_close_says_once_what_it_freed(checkpoints):
+    lines = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("jaxllm")
+    former = logger.level
+    llm = LLM(checkpoints(), **SMALL)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        llm.close()
+        llm.close()
+        del llm
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(former)
+
+    assert lines == [f"closed {checkpoints()}: freed 0.00 GiB of weights and 0.00 GiB of cache"]
+
+
+def test_repr_is_one_short_line(llm, checkpoints):
+    about = repr(llm).replace(str(checkpoints()), "tiny")
+
+    assert about == "LLM('tiny', LlamaForCausalLM, 2 layers, float32, max_model_len=64)"
+
+
+def test_table_in_a_notebook_is_small_and_escaped(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints(), tmp_path / "<b>bold</b>&")
+    with LLM(folder, **SMALL) as llm:
+        ready = llm._repr_html_()
+    closed = llm._repr_html_()
+
+    assert "&lt;b&gt;bold&lt;/b&gt;&amp;" in ready
+    assert "<b>" not in ready
+    rows = ("model", "architecture", "parameters", "dtype", "device", "max_model_len", "cache")
+    assert re.findall("<th>(.*?)</th>", ready) == [*rows, "state"]
+    num_params = sum(leaf.shape.size for leaf in llm._plan.model.leaves)
+    cells = ("LlamaForCausalLM", f"{num_params:,}", "float32", "1 x cpu", "64", "252 tokens")
+    for value in (*cells, "ready"):
+        assert f"<td>{value}</td>" in ready
+    assert closed == ready.replace("<td>ready</td>", "<td>closed</td>")
+
+
+def test_stats_count_what_was_done(checkpoints):
+    with LLM(checkpoints(), **SMALL) as llm:
+        assert llm.stats()["num_steps"] == 0
+        generate(llm, [[1, 2, 3]], SamplingParams(temperature=0, max_tokens=2))
+        stats = llm.stats()
+
+    assert stats["num_steps"] > 0
+    assert stats["num_tokens"] >= 3
+    assert stats["num_pages"] == llm._plan.memory.num_pages - 1
+    assert stats["num_pages_held"] == 0
+    assert all(seconds > 0 for seconds in stats["compile_seconds"].values())
 
 
 # ---------------------------------------------------------------- interrupts at chosen points

@@ -7,12 +7,19 @@ import types
 import pytest
 from transformers import LlamaConfig
 
-from jaxllm.errors import CheckpointError, UnsupportedModelError
+from jaxllm import LLM, SamplingParams
+from jaxllm.cli import main
+from jaxllm.errors import (
+    CheckpointError,
+    ConfigError,
+    FamilyImportError,
+    UnsupportedModelError,
+)
 from jaxllm.loading import Wishes, plan_load
-from jaxllm.modeling import registry
+from jaxllm.modeling import families, registry
 from jaxllm.modeling.abstract import abstract_model
 from jaxllm.modeling.families import llama
-from jaxllm.modeling.registry import ARCHITECTURES
+from jaxllm.modeling.registry import ARCHITECTURES, describe
 from jaxllm.modeling.weights import Weight
 from tests.tiny import CONFIGS, SIZES, sharder
 
@@ -235,7 +242,111 @@ def test_old_key_type_names_the_rope_too(folder):
     assert (rope.kind, rope.factor) == ("linear", 4.0)
 
 
+# ---------------------------------------------------------------- overrides
+
+OPTIONS = {"skip_tokenizer_init": True, "kv_cache_memory_bytes": 1 << 18, "max_num_seqs": 2}
+
+
+@pytest.mark.parametrize("architectures", [None, [], ["CerebrasGPTModel"]])
+def test_override_names_the_architecture_that_a_checkpoint_does_not(
+    tmp_path, checkpoints, architectures
+):
+    folder = shutil.copytree(checkpoints("gpt2"), tmp_path / "model")
+    change(folder, architectures=architectures)
+    params = SamplingParams(temperature=0, max_tokens=4)
+
+    with pytest.raises(UnsupportedModelError, match="hf_overrides"):
+        LLM(folder, **OPTIONS)
+    with LLM(folder, **OPTIONS, hf_overrides={"architectures": ["GPT2LMHeadModel"]}) as llm:
+        assert "GPT2LMHeadModel" in repr(llm)
+        found = llm.generate([[1, 2]], params, use_tqdm=False)
+    with LLM(checkpoints("gpt2"), **OPTIONS) as llm:
+        expected = llm.generate([[1, 2]], params, use_tqdm=False)
+
+    assert found[0].outputs[0].token_ids == expected[0].outputs[0].token_ids
+
+
+def test_nested_override_changes_one_value_and_leaves_its_neighbours(folder):
+    change(folder, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5})
+
+    with LLM(folder, **OPTIONS, hf_overrides={"rope_parameters": {"factor": 2.0}}) as llm:
+        rope = llm._plan.config.rope
+
+        assert llm.max_model_len == 256
+        assert (rope.kind, rope.factor, rope.theta) == ("linear", 2.0, 5e5)
+
+
+def test_function_over_the_config_is_an_override(folder):
+    def shorten(config):
+        config.max_position_embeddings = 64
+        return config
+
+    with LLM(folder, **OPTIONS, hf_overrides=shorten) as llm:
+        assert llm.max_model_len == 64
+
+
+def test_overrides_may_name_the_model_type_of_an_unknown_one(folder):
+    change(folder, model_type="lama")
+
+    with LLM(folder, **OPTIONS, hf_overrides={"model_type": "llama"}) as llm:
+        assert llm.max_model_len == 128
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("gpt2", "hf_overrides must be a dict of values or a function; got 'gpt2'"),
+        (lambda config: None, "hf_overrides returned NoneType, and must return the config"),
+        (lambda config: {}, "hf_overrides returned dict"),
+    ],
+)
+def test_overrides_that_are_none_are_refused(folder, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        LLM(folder, **OPTIONS, hf_overrides=overrides)
+
+
 # ---------------------------------------------------------------- families
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """Llama's family is a module that cannot be imported."""
+    (tmp_path / "broken.py").write_text("import no_such_library")
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
+    monkeypatch.setitem(ARCHITECTURES, "LlamaForCausalLM", "broken")
+
+
+def test_family_that_fails_to_import_breaks_its_own_models_with_the_cause(broken, checkpoints):
+    message = (
+        "The model is supported, but its code failed to be inspected: importing "
+        r"jaxllm\.modeling\.families\.broken raised ModuleNotFoundError: .*'no_such_library'"
+    )
+    with pytest.raises(FamilyImportError, match=message) as caught:
+        LLM(checkpoints(), **OPTIONS)
+
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+    with LLM(checkpoints("qwen2"), **OPTIONS) as llm:
+        assert "Qwen2ForCausalLM" in repr(llm)
+
+
+def test_list_of_models_has_a_line_for_each_and_the_reason_of_a_broken_one(broken, capsys):
+    assert main(["models"]) == 0
+
+    lines = {
+        line.split()[0]: line.split(maxsplit=2) for line in capsys.readouterr().out.split("\n")[:-1]
+    }
+    assert list(lines) == sorted(ARCHITECTURES)
+    assert lines["Qwen2ForCausalLM"][1:] == ["qwen2", describe("qwen2")]
+    assert describe("qwen2").startswith("Qwen2: ")
+    name, reason = lines["LlamaForCausalLM"][1:]
+    assert name == "broken"
+    assert "No module named 'no_such_library'" in reason
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_describes_itself_in_a_line(name):
+    assert 10 < len(describe(name)) < 100
+    assert describe(name).endswith(".")
 
 
 def test_every_family_has_a_tiny_config():
