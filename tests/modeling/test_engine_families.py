@@ -28,6 +28,7 @@ WINDOWS = {
 OTHERS = {
     "gpt2 by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "opt post-norm": ("opt", {"do_layer_norm_before": False}),
+    "gpt_neox parallel": ("gpt_neox", {"use_parallel_residual": True}),
     "llama longrope": (
         "llama",
         {

@@ -40,7 +40,11 @@ SIZES = {
 CASES = {
     **{name: (name, {}) for name in sorted(set(ARCHITECTURES.values()))},
     "opt post-norm": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 512}),
+    "gpt_neox parallel": ("gpt_neox", {"use_parallel_residual": True}),
 }
+SUMS = {"gpt_neox parallel": 1}
+"""All-reduces a layer where they are not 2."""
+
 ENGINE = EngineConfig(
     max_model_len=2048, max_num_seqs=16, max_num_batched_tokens=512, dtype="bfloat16"
 )
@@ -73,8 +77,11 @@ def test_neither_a_weight_nor_the_cache_is_copied(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_layers_split_over_devices_sum_twice(case):
+def test_layers_split_over_devices_sum_once_for_each_branch(case):
     found, config = compiled(case, num_devices=4)
     inside = [c for c in found.collectives if "_run_layer" in c.source]
+    # XLA names no source of those it has merged; the embedding's is not of a layer.
+    sums = [c for c in found.collectives if c.opcode == "all-reduce" and "_take" not in c.source]
 
-    assert [c.opcode for c in inside] == ["all-reduce"] * 2 * config.num_layers
+    assert {c.opcode for c in inside} <= {"all-reduce"}
+    assert len(sums) == SUMS.get(case, 2) * config.num_layers

@@ -27,8 +27,6 @@ HANDLED_FIELDS = frozenset(
         "num_hidden_layers",
         "num_attention_heads",
         "hidden_act",
-        "hidden_dropout",  # in training only
-        "classifier_dropout",
         "max_position_embeddings",
         "layer_norm_eps",
         "tie_word_embeddings",
