@@ -19,6 +19,9 @@ from jaxllm.errors import CheckpointError
 
 # What a model needs: configs, tokenizers, chat templates, weights. Never code or pickles.
 PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+WITHOUT_WEIGHTS = [pattern for pattern in PATTERNS if pattern != "*.safetensors"]
+"""For a tokenizer, or a model of random weights."""
+
 IGNORED = ["original/**", "consolidated*"]
 IGNORED += [f"{at}{name}/**" for name in ("onnx", "openvino") for at in ("", "**/")]
 

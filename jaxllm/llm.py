@@ -18,7 +18,7 @@ from jaxllm.devices import reserve_memory
 from jaxllm.engine import Engine
 from jaxllm.errors import ConfigError, JaxLLMError, RequestError
 from jaxllm.generation_defaults import default_sampling_params
-from jaxllm.hub import local_folder
+from jaxllm.hub import PATTERNS, WITHOUT_WEIGHTS, local_folder
 from jaxllm.keywords import ExplainsKeywords
 from jaxllm.loading import (
     DEFAULTS,
@@ -86,8 +86,8 @@ class LLM(metaclass=ExplainsKeywords):
             8192 on a GPU.
         gpu_memory_utilization: Share of each device's memory for weights, work
             and cache; 0.92 by default. On CPU it is a share of the machine's
-            memory, and by default the cache takes 1 GiB: more where one sequence of
-            `max_model_len` needs it, less where `max_num_seqs` of them do not.
+            memory, and by default the cache takes 1 GiB, or more where one sequence of
+            `max_model_len` needs it; it never takes more than `max_num_seqs` of them do.
         kv_cache_memory_bytes: Bytes of the cache on each device, instead.
         num_gpu_blocks_override: Pages of the cache, instead.
         block_size: Tokens in a page of the cache, a power of two; 16 by default.
@@ -170,7 +170,8 @@ class LLM(metaclass=ExplainsKeywords):
         )
         # The backend keeps the first share it starts with, so it is checked before.
         reserve_memory(gpu_memory_utilization or DEFAULTS["gpu"]["memory_fraction"])
-        folder = local_folder(model, revision, hf_token, download_dir)
+        wanted = WITHOUT_WEIGHTS if load_format == "dummy" else PATTERNS
+        folder = local_folder(model, revision, hf_token, download_dir, wanted)
         layout = layouts.preset("replicated")
         sharder = Sharder(layout, make_mesh(layout))
         plan = plan_load(folder, wishes, sharder, load_format, hf_overrides)
@@ -179,11 +180,11 @@ class LLM(metaclass=ExplainsKeywords):
         )
         self._tokenizer = None
         if not skip_tokenizer_init:
-            own = tokenizer is None
-            self._tokenizer = load_tokenizer(
-                folder if own else local_folder(tokenizer, tokenizer_revision, hf_token),
-                tokenizer_mode,
-            )
+            source = folder
+            if tokenizer is not None:
+                place = (tokenizer, tokenizer_revision, hf_token, download_dir)
+                source = local_folder(*place, WITHOUT_WEIGHTS)
+            self._tokenizer = load_tokenizer(source, tokenizer_mode)
         self._chat_template = None if chat_template is None else str(chat_template)
         self._plan = plan
         self._name = str(model)

@@ -340,10 +340,11 @@ def _plan_memory(
     cache_bytes = wishes.cache_bytes
     if wishes.num_pages is not None:
         cache_bytes = (wishes.num_pages + 1) * engine.page_size * token_bytes  # and the trash page
-    if cache_bytes is None and on_cpu and fraction is None:
+    if cache_bytes is None and on_cpu:
         sequence = (engine.pages_per_seq + 1) * engine.page_size * token_bytes
-        most = engine.max_num_seqs * sequence  # all rows at full length
-        cache_bytes = min(max(CPU_CACHE, sequence), most, limit - weight_bytes - temp)
+        every = engine.max_num_seqs * sequence  # all rows at full length: more is of no use
+        some = every if fraction is not None else max(CPU_CACHE, sequence)
+        cache_bytes = min(some, every, limit - weight_bytes - temp)
     try:
         return plan_memory(
             engine=engine,

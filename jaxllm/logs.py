@@ -7,6 +7,7 @@ the application. vLLM's names of these variables are read where ours are not set
 
 import logging
 import os
+import sys
 from typing import Literal
 
 LEVELS = {"quiet": logging.WARNING, "normal": logging.INFO, "debug": logging.DEBUG}
@@ -16,12 +17,23 @@ Verbosity = Literal["quiet", "normal", "debug"]
 _verbosity: Verbosity = "normal"
 
 
+class _StderrHandler(logging.Handler):
+    """Writes to what stderr is at the time: notebooks and test runners replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one line."""
+        try:
+            sys.stderr.write(f"{self.format(record)}\n")
+        except (OSError, ValueError):  # a closed stream
+            self.handleError(record)
+
+
 def configure() -> logging.Logger:
     """Returns the library's logger, with a handler unless someone else set one up."""
     logger = logging.getLogger("jaxllm")
     if logger.handlers or _setting("CONFIGURE_LOGGING") == "0":
         return logger
-    handler = logging.StreamHandler()
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("jaxllm: %(message)s"))
     logger.addHandler(handler)
     if logger.level == logging.NOTSET:

@@ -1,7 +1,5 @@
 """Conversations are rendered as vLLM renders them, and templates can do no harm."""
 
-import logging
-
 import pytest
 
 from jaxllm import chat
@@ -275,9 +273,8 @@ def test_tools_reach_the_template(tokenizer):
 
 
 def test_more_variables_reach_the_template_and_others_are_left_out_with_one_warning(
-    tokenizer, caplog, monkeypatch
+    tokenizer, caplog
 ):
-    monkeypatch.setattr(logging.getLogger("jaxllm"), "propagate", True)
     given = {"enable_thinking": False, "colour": "red", "bos_token": "B"}
     template = "{{ enable_thinking }}{{ bos_token }}"
 

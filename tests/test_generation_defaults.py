@@ -133,14 +133,27 @@ def test_file_that_holds_no_object_is_refused(stated):
         default_sampling_params(stated, {})
 
 
-def test_what_the_file_changes_is_said(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("jaxllm"), "propagate", True)
+class Said(logging.Handler):
+    """Keeps what is logged."""
 
-    with caplog.at_level("INFO", "jaxllm"):
-        default_sampling_params({"temperature": 0.5, "max_new_tokens": 7}, {})
-        default_sampling_params({"do_sample": True}, {})
+    def __init__(self):
+        super().__init__()
+        self.messages = []
 
-    assert [record.getMessage() for record in caplog.records] == [
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+def test_what_the_file_changes_is_said(monkeypatch):
+    logger, said = logging.getLogger("jaxllm"), Said()
+    monkeypatch.setattr(logger, "handlers", [said])
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    logger.manager._clear_cache()
+
+    default_sampling_params({"temperature": 0.5, "max_new_tokens": 7}, {})
+    default_sampling_params({"do_sample": True}, {})
+
+    assert said.messages == [
         "sampling defaults of the model's generation_config.json: temperature=0.5, max_tokens=7; "
         "generation_config='vllm' leaves it unread"
     ]

@@ -1,3 +1,4 @@
+import contextlib
 import shutil
 import types
 from pathlib import Path
@@ -165,6 +166,26 @@ def test_only_what_a_model_needs_is_downloaded():
     )
 
     assert list(kept) == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [({}, "*.safetensors"), ({"load_format": "dummy"}, None), ({"tokenizer": "org/words"}, None)],
+)
+def test_weights_are_downloaded_where_they_are_read(monkeypatch, checkpoints, options, asked):
+    patterns = {}
+
+    def download(name, *, allow_patterns, **_):
+        patterns[name] = allow_patterns
+        return str(checkpoints())
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    tokenizer = {} if "tokenizer" in options else {"skip_tokenizer_init": True}
+    with contextlib.suppress(CheckpointError):  # the tiny checkpoint has no tokenizer
+        LLM("org/tiny", use_tqdm_on_load=False, **options, **tokenizer).close()
+    name = "org/words" if "tokenizer" in options else "org/tiny"
+
+    assert ("*.safetensors" in patterns[name]) == (asked is not None)
 
 
 def test_cached_model_is_found_offline_by_branch_and_by_commit(cache):

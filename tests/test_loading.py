@@ -303,3 +303,12 @@ def test_dummy_load_needs_no_weights(tmp_path):
             answers.append(output.outputs[0].token_ids)
 
     assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_share_of_the_machine_is_no_reason_for_pages_that_nobody_can_use(checkpoints):
+    wishes = Wishes(memory_fraction=0.9, max_num_seqs=4, page_size=4)
+
+    memory = plan_load(checkpoints(), wishes, sharder(), "auto").memory
+
+    # 4 sequences of 128 tokens, a page of room each.
+    assert memory.num_tokens <= 4 * 132

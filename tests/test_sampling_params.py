@@ -1,6 +1,5 @@
 import copy
 import dataclasses
-import logging
 import math
 import pickle
 
@@ -691,9 +690,7 @@ def test_repr_shows_what_is_not_by_default_and_makes_it_again():
     assert eval(repr(params)) == params
 
 
-def test_a_raised_temperature_is_said_once(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("jaxllm"), "propagate", True)
-
+def test_a_raised_temperature_is_said_once(caplog):
     with caplog.at_level("WARNING", "jaxllm"):
         SamplingParams(temperature=0.001).clone()
 

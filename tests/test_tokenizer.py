@@ -1,7 +1,5 @@
 """Prompts become tokens as their options say, and single tokens become text."""
 
-import logging
-
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -222,8 +220,7 @@ def test_wrong_options_are_refused(with_bos, kwargs, message):
         truncate_tokens([1], kwargs, 10)
 
 
-def test_padding_and_unknown_options_are_ignored_with_one_warning(with_bos, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("jaxllm"), "propagate", True)
+def test_padding_and_unknown_options_are_ignored_with_one_warning(with_bos, caplog):
     kwargs = {"padding": True, "stride": 2, "pad_prompt_tokens": 5}
 
     with caplog.at_level("WARNING", "jaxllm"):

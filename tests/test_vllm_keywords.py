@@ -1,4 +1,3 @@
-import logging
 import re
 import warnings
 
@@ -57,9 +56,8 @@ TABLES = {"OWN": OWN, "ALIASES": ALIASES, "IGNORED": IGNORED, "NOT_YET": NOT_YET
 
 
 @pytest.fixture
-def log(caplog, monkeypatch):
+def log(caplog):
     """What the library warns of, as it is said."""
-    monkeypatch.setattr(logging.getLogger("jaxllm"), "propagate", True)
     with caplog.at_level("WARNING", "jaxllm"):
         yield caplog
 
