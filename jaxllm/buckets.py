@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from jaxllm.config import EngineConfig
 from jaxllm.sequence import StepPlan
 
-MIN_ROWS = 2
-"""A batch of one makes XLA materialise weight-sized products, on GPU and CPU alike."""
-
 FEW_ROWS = 8
 """A mixed step has this many rows, or the most: rows cost little beside tokens."""
 
@@ -63,7 +60,7 @@ class Buckets:
     def __init__(self, config: EngineConfig) -> None:
         self.block_q = config.block_q
         self.page_size = config.page_size
-        self.rows = powers_of_two(MIN_ROWS, config.max_num_seqs)
+        self.rows = powers_of_two(config.min_rows, config.max_num_seqs)
         self.mixed_rows = tuple(sorted({min(FEW_ROWS, self.rows[-1]), self.rows[-1]}))
         most = config.max_num_batched_tokens
         small = [size for size in TOKENS if size < most]

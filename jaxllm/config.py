@@ -46,6 +46,10 @@ class EngineConfig:
     logprobs_mode: str = "raw_logprobs"
     """One of `LOGPROBS_MODES`: what is returned as the log-probability of a sampled token."""
 
+    min_rows: int = 2
+    """Rows of the smallest decode program. With one, XLA makes products as large as the weights,
+    save on CPU in float32 and outside of loops, where it reads them twice as fast."""
+
     max_decode_steps: int = 1
     """Most tokens that a row may generate in one launch (N); a launch has 1, or one of
     `DECODE_STEPS` up to this."""
@@ -56,7 +60,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         """Checks what the fields alone can say."""
         counts = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
-        for name in (*counts, "block_q", "max_decode_steps"):
+        for name in (*counts, "block_q", "min_rows", "max_decode_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.logprobs_mode not in LOGPROBS_MODES:

@@ -236,6 +236,7 @@ def _engine_config(wishes: Wishes, length: int, dtype: str, device: jax.Device) 
         enable_chunked_prefill=wishes.enable_chunked_prefill,
         max_logprobs=wishes.max_logprobs,
         logprobs_mode=wishes.logprobs_mode,
+        min_rows=1 if device.platform == "cpu" and dtype == "float32" else 2,
         max_decode_steps=defaults["max_decode_steps"],
     )
 

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from jaxllm.buckets import (
-    MIN_ROWS,
     Buckets,
     at_least,
     powers_of_two,
@@ -76,12 +75,13 @@ def test_sizes_ascend(max_num_batched_tokens):
         assert list(sizes) == sorted(set(sizes))
 
 
-def test_a_batch_of_one_is_never_compiled():
-    config = EngineConfig(max_model_len=100, max_num_seqs=1)
+@pytest.mark.parametrize("min_rows", [1, 2])
+def test_a_batch_of_one_has_as_many_rows_as_the_engine_says(min_rows):
+    config = EngineConfig(max_model_len=100, max_num_seqs=1, min_rows=min_rows)
 
     decode = Buckets(config).of(make_plan([(5, 1, True)]))
 
-    assert decode.rows == MIN_ROWS == 2
+    assert decode.rows == min_rows
 
 
 def test_the_default_engine_uses_few_sizes():

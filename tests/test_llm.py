@@ -231,3 +231,12 @@ def test_16_bit_types_run_on_cpu(dtype, llm):
         tokens = one(small.generate("import os", GREEDY, use_tqdm=False)).token_ids
 
     assert len(tokens) == 12
+
+
+def test_a_model_for_one_sequence_gives_what_one_for_many_gives(llm):
+    with LLM("demo", max_num_seqs=1, use_tqdm_on_load=False) as one_by_one:
+        alone = one_by_one.generate(["def main(", "import os"], GREEDY, use_tqdm=False)
+
+    together = llm.generate(["def main(", "import os"], GREEDY, use_tqdm=False)
+
+    assert [o.outputs[0].token_ids for o in alone] == [o.outputs[0].token_ids for o in together]

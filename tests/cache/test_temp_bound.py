@@ -5,7 +5,7 @@ import functools
 
 import pytest
 
-from jaxllm.buckets import Buckets
+from jaxllm.buckets import Bucket, Buckets
 from jaxllm.cache.memory import FIXED_TEMP, temp_bound
 from jaxllm.config import EngineConfig
 from jaxllm.flags import SamplingFlags
@@ -18,6 +18,7 @@ from tests.tiny import sharder
 
 ENGINE = EngineConfig(max_model_len=4096, max_num_seqs=64, max_num_batched_tokens=1024)
 BUCKETS = Buckets(ENGINE)
+ONE_ROW = ProgramKey(Bucket(1, 1, 8, decode_rows=1, query_blocks=0))
 KEYS = [
     ProgramKey(BUCKETS.decode(2, 8)),
     ProgramKey(BUCKETS.decode(64, 256), steps=8),
@@ -92,11 +93,12 @@ def test_the_bound_covers_the_temporaries(name, key):
     assert found.temp_bytes <= temp_bound(CONFIGS[name], ENGINE, [key.bucket]) - FIXED_TEMP
 
 
-@pytest.mark.parametrize("key", KEYS[:2], ids=str)
-def test_no_weight_is_copied_to_multiply_with_it(key):
+@pytest.mark.parametrize("key", [ONE_ROW, *KEYS[:2]], ids=str)
+def test_neither_a_weight_nor_the_cache_is_copied(key):
     found = report(builder("grouped").lower(key).compile())
 
     assert found.rewritten(at_least=1 << 16) == []
+    assert found.temp_bytes <= temp_bound(CONFIGS["grouped"], ENGINE, [key.bucket]) - FIXED_TEMP
 
 
 def test_a_cache_of_16_bit_floats_is_written_in_place():

@@ -35,6 +35,10 @@ def write(pages: jax.Array, new: jax.Array, slots: jax.Array, order: str) -> jax
     shape = pages.shape
     if new.dtype != pages.dtype:  # `Tuning.as_bits`
         new = jax.lax.bitcast_convert_type(new, pages.dtype)
+    if new.shape[0] == 1:
+        # A scatter of one row becomes a slice update, and that a copy of the cache: add a
+        # row for the trash page.
+        new, slots = jnp.pad(new, ((0, 1), (0, 0), (0, 0))), jnp.pad(slots, (0, 1))
     if order == "PSKD":
         flat = pages.reshape(shape[0] * shape[1], *shape[2:])
         return flat.at[slots].set(new, mode="promise_in_bounds").reshape(shape)
