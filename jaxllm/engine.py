@@ -107,7 +107,8 @@ class Engine:
         plan = self.scheduler.schedule()
         key = self.program_key(plan)
         buffer = pack_plan(plan, key.bucket, key.flags, self.config)
-        self._count_tokens(plan)
+        if key.flags.penalties:
+            self._count_tokens(plan)
         launched = time.perf_counter()
         outputs = self.runner.run(key, buffer)
         returned = time.perf_counter()
@@ -131,6 +132,8 @@ class Engine:
     def _fail_broken(self, plan: StepPlan, outputs: StepOutputs) -> None:
         """Ends the requests that could not be sampled, with the reason."""
         good = outputs.finite & outputs.possible
+        if np.all(good):
+            return
         for row, finite, ok in zip(plan.rows, outputs.finite, good, strict=False):
             request = self.requests.get(row.seq.request_id)
             if ok or request is None or request.error is not None:

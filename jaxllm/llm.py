@@ -4,7 +4,7 @@ import html
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -31,6 +31,7 @@ from jaxllm.loading import (
     plan_load,
 )
 from jaxllm.logs import configure
+from jaxllm.modeling.registry import Overrides
 from jaxllm.outputs import CompletionScore, RequestOutput
 from jaxllm.programs import ProgramBuilder
 from jaxllm.progress import Progress, ProgressBar
@@ -56,7 +57,6 @@ logger = logging.getLogger("jaxllm")
 Prompts = str | dict[str, Any] | Sequence[int] | Sequence[str | dict[str, Any] | Sequence[int]]
 Params = SamplingParams | Sequence[SamplingParams] | None
 OnError = Literal["raise", "return"]
-HfOverrides = Mapping[str, Any] | Callable[[Any], Any]
 
 
 class LLM(metaclass=ExplainsKeywords):
@@ -127,7 +127,7 @@ class LLM(metaclass=ExplainsKeywords):
         revision: str | None = None,
         tokenizer_revision: str | None = None,
         hf_token: str | bool | None = None,
-        hf_overrides: HfOverrides | None = None,
+        hf_overrides: Overrides | None = None,
         trust_remote_code: bool = False,
         download_dir: str | Path | None = None,
         load_format: LoadFormat = "auto",

@@ -32,10 +32,10 @@ def end_if_done(seq: Sequence, max_model_len: int) -> None:
         seq.finish_reason, seq.stop_reason = "repetition", "repetition_detected"
     if seq.text is not None:
         found = seq.text.append(token, is_stop_token=is_stop_token)
-        if found is None and seq.is_finished:
-            found = seq.text.finish()
         if found is not None:
             seq.finish_reason, seq.stop_reason = "stop", found
+        elif seq.is_finished:
+            seq.text.finish()
 
 
 def repeats(tokens: TokenIds[int], rule: RepetitionDetectionParams) -> bool:

@@ -74,15 +74,6 @@ class Detokenizer:
         self._pieces.append(new)
         return new
 
-    def finish(self) -> str:
-        """Ends the sequence, and returns text that was held back: never any.
-
-        Whole characters come out with their last token, so what is left is part of
-        one, which is dropped.
-        """
-        self._pending, self._num_out = [], 0
-        return ""
-
     def whole(self, tokens: Sequence[int]) -> str | None:
         """Returns the text of a whole sequence in one decode; None if it takes `extend`."""
         shown = [token for token in tokens if token in self._shown]
@@ -204,13 +195,13 @@ class TextStream:
             return None
         return self._take(self._detokenizer.extend([token_id]))
 
-    def finish(self) -> str | None:
-        """Ends the text where no stop string did; returns one that the last of it completed."""
-        if self._is_done:
-            return None
-        found = None if self._detokenizer is None else self._take(self._detokenizer.finish())
+    def finish(self) -> None:
+        """Ends the text where no stop string did: all of it may be shown.
+
+        Whole characters came out with their last token, so that part of one is all that
+        can be left, and it is dropped.
+        """
         self._is_done = True
-        return found
 
     def _take(self, new: str) -> str | None:
         self._pieces.append(new)

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from jaxllm.errors import CheckpointError, ConfigError, RequestError
-from jaxllm.sampling_params import as_integer
+from jaxllm.sampling_params import as_integer, limit
 from jaxllm.text_stream import INCOMPLETE, Detokenizer, decode, ids_of
 
 __all__ = [
@@ -33,24 +33,17 @@ logger = logging.getLogger("jaxllm")
 MODES: dict[str, dict[str, Any]] = {"auto": {}, "hf": {}, "slow": {"use_fast": False}}
 """What `tokenizer_mode` tells transformers; its releases from 5.0 on choose for themselves."""
 
-MAX_BAD_WORDS = 128
-"""Most sequences that `bad_words` may be, once tokenized."""
-
-MAX_BAD_WORD_TOKENS = 1024
-"""Most tokens of all of them."""
-
 MAX_PRECEDING = 4
 """Most tokens before one that may hold the first bytes of its character."""
 
 
-def load_tokenizer(folder: Path, mode: str = "auto", trust_remote_code: bool = False) -> Any:
+def load_tokenizer(folder: Path, mode: str = "auto") -> Any:
     """Returns the tokenizer of a checkpoint folder; runs none of its code.
 
     Args:
         folder: Holds the tokenizer's files.
         mode: "auto" or "hf": as transformers chooses; "slow": its Python one, if it still
             has one.
-        trust_remote_code: Changes nothing, as no code of a checkpoint is ever run.
 
     Raises:
         CheckpointError: There is none, or transformers cannot read it.
@@ -58,7 +51,6 @@ def load_tokenizer(folder: Path, mode: str = "auto", trust_remote_code: bool = F
     """
     if mode not in MODES:
         raise ConfigError(f"tokenizer_mode={mode!r} is not implemented. Pass one of {list(MODES)}.")
-    del trust_remote_code
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **MODES[mode])
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
@@ -304,10 +296,11 @@ def bad_word_ids(
             "The tokenizer has more tokens than the model: leave those words out."
         )
     num_tokens = sum(map(len, found))
-    if len(found) > MAX_BAD_WORDS or num_tokens > MAX_BAD_WORD_TOKENS:
+    most, most_tokens = limit("MAX_NUM_BAD_WORDS"), limit("MAX_BAD_WORDS_TOTAL_TOKENS")
+    if (most and len(found) > most) or (most_tokens and num_tokens > most_tokens):
         raise RequestError(
             f"bad_words are {len(found)} sequences of {num_tokens} tokens in all; at most "
-            f"{MAX_BAD_WORDS} sequences and {MAX_BAD_WORD_TOKENS} tokens are possible. "
+            f"{most} sequences and {most_tokens} tokens are possible. "
             "Pass fewer words."
         )
     return tuple(found)

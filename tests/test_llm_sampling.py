@@ -87,9 +87,7 @@ def test_only_allowed_tokens_come(llm):
 
 def test_rules_that_leave_nothing_are_an_error_and_the_engine_goes_on(llm):
     first = run(llm, greedy())[0]
-    nothing = greedy(allowed_token_ids=[5], bad_words=[llm.get_tokenizer().decode([5])])
-    if len(llm.get_tokenizer().encode(llm.get_tokenizer().decode([5]))) != 1:
-        nothing = greedy(allowed_token_ids=[5], min_tokens=3, stop_token_ids=[5])
+    nothing = greedy(allowed_token_ids=[5], min_tokens=3, stop_token_ids=[5])
 
     with pytest.raises(RequestError, match=r"rules of request \d+ leave no token to choose"):
         run(llm, nothing)
@@ -201,6 +199,10 @@ def test_modes_of_logprobs(mode):
         assert set(entry) <= set(kept)
         if mode == "processed_logprobs":
             assert entry[token].logprob == pytest.approx(kept[token] - total, abs=1e-4)
+        else:
+            gaps = [e.logprob - kept[t] for t, e in entry.items()]
+            assert max(gaps) - min(gaps) < 1e-4
+            assert abs(entry[token].logprob - (kept[token] - total)) > 1e-2
 
 
 def test_flat_logprobs_hold_the_same(llm):

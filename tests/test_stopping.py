@@ -14,8 +14,8 @@ EOS, OTHER_EOS, STOP = 2, 3, 7
 class FakeText:
     """Text that finds stop strings where it is told."""
 
-    def __init__(self, found=None, found_at_the_end=None):
-        self.found, self.found_at_the_end = found, found_at_the_end
+    def __init__(self, found=None):
+        self.found = found
         self.calls = []
 
     def append(self, token_id, *, is_stop_token=False):
@@ -24,7 +24,6 @@ class FakeText:
 
     def finish(self):
         self.calls.append("finish")
-        return self.found_at_the_end
 
 
 def ended(output, *, text=None, max_model_len=100, **params):
@@ -132,22 +131,15 @@ def test_text_gets_each_token_and_is_told_whether_it_stops():
     assert texts["ignored"].calls == [(EOS, False)]
 
 
-def test_text_that_was_held_back_may_have_a_stop_string_when_the_sequence_ends():
-    text = FakeText(found_at_the_end="!")
-
-    assert reasons([5], text=text, max_tokens=1) == ("stop", "!")
-    assert text.calls == [(5, False), "finish"]
-
-
 def test_text_is_not_finished_while_the_sequence_goes_on():
-    text = FakeText(found_at_the_end="!")
+    text = FakeText()
 
     assert reasons([5], text=text) == (None, None)
     assert text.calls == [(5, False)]
 
 
 def test_text_that_found_its_stop_string_is_not_finished_again():
-    text = FakeText("###", found_at_the_end="!")
+    text = FakeText("###")
 
     assert reasons([5], text=text, max_tokens=1) == ("stop", "###")
     assert text.calls == [(5, False)]
