@@ -160,11 +160,11 @@ def decode_times(llm, rows, steps, bandwidth, choice="greedy"):
     buffer = pack(bucket, flags, values)
     assert buffer.size == buffer_size(bucket, flags)
     key = ProgramKey(bucket, steps, flags)
-    runner.run(key, buffer)
+    runner.fetch(runner.launch(key, buffer))
     seconds = []
     for _ in range(50 if steps == 1 else 10):
         start = time.perf_counter()
-        runner.run(key, buffer)
+        runner.fetch(runner.launch(key, buffer))
         seconds.append((time.perf_counter() - start) / steps)
     token_bytes = sum(spec.elements_per_token() for spec in builder.model.cache_specs) * 2
     ideal = (builder.model.num_bytes + rows * CONTEXT * token_bytes) / bandwidth

@@ -10,7 +10,7 @@ import numpy as np
 from jaxllm.buckets import Bucket
 from jaxllm.config import EngineConfig
 from jaxllm.flags import SamplingFlags
-from jaxllm.inputs import fields, pack
+from jaxllm.inputs import FROM_DEVICE, fields, pack
 from jaxllm.sequence import MAX_STOP_IDS, PlannedRow, Sequence, StepPlan
 
 MASK32 = 0xFFFFFFFF
@@ -58,7 +58,7 @@ def pack_plan(
             values[name][:] = neutral
     at = 0
     for i, row in enumerate(plan.rows):
-        _fill_row(values, i, row, plan, config)
+        _fill_row(values, i, row)
         if row.samples:
             _fill_sampling(values, i, row.seq)
         if len(row.scored()) and "scored" in values:
@@ -69,18 +69,16 @@ def pack_plan(
     return pack(bucket, flags, values)
 
 
-def _fill_row(
-    values: dict[str, np.ndarray], i: int, row: PlannedRow, plan: StepPlan, config: EngineConfig
-) -> None:
+def _fill_row(values: dict[str, np.ndarray], i: int, row: PlannedRow) -> None:
     """What there is once a row."""
     seq = row.seq
     values["rows"][i] = seq.row
     # A prompt that comes in chunks holds pages for all of it: the later ones wait.
     pages = seq.pages[: values["page_table"].shape[2]]
     values["page_table"][0, i, : len(pages)] = pages
-    values["kv_lens"][i] = seq.num_computed + row.num_tokens
+    values["kv_lens"][i] = row.stop
     if row.samples:
-        values["limits"][i] = min(plan.lookahead, seq.remaining(config.max_model_len))
+        values["limits"][i] = row.limit
         stop_ids = seq.stop_ids()[:MAX_STOP_IDS]
         values["stop_ids"][i, : len(stop_ids)] = stop_ids
 
@@ -118,7 +116,7 @@ def _fill_scored(values: dict[str, np.ndarray], row: PlannedRow, at: int) -> Non
         return
     begin = int(values["num_scored"])
     end = begin + len(positions)
-    first = at + positions.start - row.seq.num_computed
+    first = at + positions.start - row.start
     values["scored"][begin:end] = np.arange(first, first + len(positions))
     values["targets"][begin:end] = scoring.targets[positions.start : positions.stop]
     values["num_scored"] += len(positions)
@@ -128,9 +126,10 @@ def _fill_tokens(
     values: dict[str, np.ndarray], i: int, row: PlannedRow, at: int, config: EngineConfig
 ) -> int:
     """What there is once a token; returns where the next row's tokens begin."""
-    start, end = row.seq.num_computed, at + row.num_tokens
-    stop = start + row.num_tokens
-    values["tokens"][at:end] = row.seq.tokens(start, stop)
+    start, stop, end = row.start, row.stop, at + row.num_tokens
+    # What the launch before this one samples is not here yet, and is a row's only token.
+    is_known = start < row.seq.num_tokens
+    values["tokens"][at:end] = row.seq.tokens(start, stop) if is_known else FROM_DEVICE
     values["positions"][0, at:end] = np.arange(start, stop)
     if "slot_mapping" in values:
         pages = values["page_table"][0, i]

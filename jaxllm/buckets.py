@@ -69,7 +69,7 @@ class Buckets:
 
     def of(self, plan: StepPlan) -> Bucket:
         """Returns the bucket of a step."""
-        longest = max(row.seq.num_computed + row.num_tokens for row in plan.rows)
+        longest = max(row.stop for row in plan.rows)
         width = at_least(self.widths, -(-(longest + plan.lookahead - 1) // self.page_size))
         if all(row.num_tokens == 1 and row.samples for row in plan.rows):
             return self.decode(at_least(self.rows, len(plan.rows)), width)

@@ -54,6 +54,9 @@ class EngineConfig:
     """Most tokens that a row may generate in one launch (N); a launch has 1, or one of
     `DECODE_STEPS` up to this."""
 
+    async_scheduling: bool = True
+    """Whether a step is planned and launched while the one before it is computed."""
+
     block_q: int = 64
     """Tokens in a query block of a prefill chunk."""
 

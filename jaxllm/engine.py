@@ -1,10 +1,13 @@
 """The engine: requests in, finished requests out, one step at a time.
 
 It owns the scheduler and the runner and is the only one to know both. A step is
-schedule -> pack -> run -> update; there is no other loop.
+schedule -> pack -> launch, and then fetch -> update for the launch before; there is
+no other loop. So the host plans the next step while the device computes this one.
+With `async_scheduling=False` it fetches each launch before it plans the next.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Several
 from contextlib import contextmanager
@@ -37,12 +40,27 @@ class EngineStats:
     num_padded_tokens: int = 0
     """Tokens of the programs' shapes that were padding."""
 
+    num_ahead: int = 0
+    """Steps that were launched before the results of the step before were known."""
+
     host_seconds: float = 0.0
-    """Spent outside the programs: planning, packing, applying."""
+    """Spent on the host: planning, packing, applying; beside the device where steps overlap."""
 
     step_seconds: float = 0.0
+    """Spent on launching, and on waiting for results."""
+
     compile_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of each program, in the order of first use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A step on the device."""
+
+    plan: StepPlan
+    key: ProgramKey
+    outputs: StepOutputs
+    """On the device, perhaps not computed yet."""
 
 
 class Engine:
@@ -60,6 +78,7 @@ class Engine:
         self.in_call: frozenset[str] = frozenset()
         """Requests of the call in progress; afterwards, what a cut-off call left to clean up."""
 
+        self._in_flight: deque[Launch] = deque()
         self._arrivals = 0
         self._ended: list[Sequence] = []
         self._doomed: set[str] = set()
@@ -94,31 +113,51 @@ class Engine:
         self.in_call = frozenset()
 
     def step(self) -> list[Request]:
-        """Runs one step, and returns the requests that it finished.
+        """Launches a step and applies the results of the one before; returns what has finished.
 
         A request whose logits were not finite, or whose own rules left no token to
         choose, is finished with its `error` set; the others go on.
         """
-        start = time.perf_counter()
         interrupts.check()
         self._abort_doomed()
-        if not self.scheduler.has_work:
-            return []
-        plan = self.scheduler.schedule()
+        start = time.perf_counter()
+        plan = self.scheduler.schedule() if self.scheduler.has_work else None
+        if plan is not None:
+            self._launch(plan)
+        self.stats.host_seconds += time.perf_counter() - start
+        overlaps = plan is not None and self.config.async_scheduling and not plan.needs_sync
+        while len(self._in_flight) > overlaps:
+            self._finish(self._in_flight.popleft())
+        return self._collect()
+
+    def _launch(self, plan: StepPlan) -> None:
+        """Sends a step to the device and does not wait for it."""
         key = self.program_key(plan)
         buffer = pack_plan(plan, key.bucket, key.flags, self.config)
         if key.flags.penalties:
             self._count_tokens(plan)
-        launched = time.perf_counter()
-        outputs = self.runner.run(key, buffer)
-        returned = time.perf_counter()
-        sampled = _by_row(plan, outputs)
+        start = time.perf_counter()
+        outputs = self.runner.launch(key, buffer)
+        seconds = time.perf_counter() - start
+        self.stats.num_ahead += bool(self._in_flight)
+        self._in_flight.append(Launch(plan, key, outputs))
+        self.stats.step_seconds += seconds
+        self.stats.host_seconds -= seconds  # which are inside of those of `step`
+
+    def _finish(self, launch: Launch) -> None:
+        """Waits for a step and applies what it brought."""
+        start = time.perf_counter()
+        outputs = self.runner.fetch(launch.outputs)
+        fetched = time.perf_counter()
+        plan = launch.plan
+        live = [not row.seq.is_finished for row in plan.rows]
         _put_scores(plan, outputs.scores)
         # Kept until they are returned: an interrupt below must not lose what has ended.
-        self._ended += self.scheduler.update(plan, sampled)
-        self._count(plan, key, launched - start, returned - launched)
-        self._fail_broken(plan, outputs)
-        return self._collect()
+        self._ended += self.scheduler.update(plan, _by_row(plan, outputs))
+        self._fail_broken(plan, outputs, live)
+        self._count(plan, launch.key)
+        self.stats.step_seconds += fetched - start
+        self.stats.host_seconds += time.perf_counter() - fetched
 
     def _count_tokens(self, plan: StepPlan) -> None:
         """Has the device count the tokens of rows whose penalties start to matter."""
@@ -129,14 +168,21 @@ class Engine:
                 self.runner.count_tokens(seq.row, known, len(seq.prompt_token_ids))
                 seq.is_counted = True
 
-    def _fail_broken(self, plan: StepPlan, outputs: StepOutputs) -> None:
-        """Ends the requests that could not be sampled, with the reason."""
+    def _fail_broken(self, plan: StepPlan, outputs: StepOutputs, live: list[bool]) -> None:
+        """Ends the requests that could not be sampled, with the reason.
+
+        Args:
+            plan: Of the step.
+            outputs: Of it.
+            live: For each row whether its sequence had not ended before.
+        """
         good = outputs.finite & outputs.possible
         if np.all(good):
             return
-        for row, finite, ok in zip(plan.rows, outputs.finite, good, strict=False):
+        rows = zip(plan.rows, outputs.finite, good, live, strict=False)
+        for row, finite, is_good, is_live in rows:
             request = self.requests.get(row.seq.request_id)
-            if ok or request is None or request.error is not None:
+            if is_good or not is_live or request is None or request.error is not None:
                 continue
             name = request.request_id
             request.error = (
@@ -170,13 +216,11 @@ class Engine:
             del self.requests[request.request_id]
         return done
 
-    def _count(self, plan: StepPlan, key: ProgramKey, host: float, device: float) -> None:
+    def _count(self, plan: StepPlan, key: ProgramKey) -> None:
         stats = self.stats
         stats.num_steps += 1
         stats.num_tokens += plan.num_tokens
         stats.num_padded_tokens += key.bucket.tokens - plan.num_tokens
-        stats.host_seconds += host
-        stats.step_seconds += device
         name = str(key)
         if name not in stats.compile_seconds:
             stats.compile_seconds[name] = self.runner.programs.seconds[key]
@@ -203,6 +247,7 @@ class Engine:
         `in_call` still says so, and doing it again finishes it.
         """
         self.abort(self.in_call)
+        self._in_flight.clear()
         self.scheduler.reset()
         self.runner.recover()
         self.in_call = frozenset()

@@ -97,6 +97,8 @@ class LLM(metaclass=ExplainsKeywords):
         logprobs_mode: "raw_logprobs" of the model's own distribution, or
             "processed_logprobs" of the one sampled from; or "raw_logits",
             "processed_logits".
+        async_scheduling: Plan and launch a step while the one before it is computed; the
+            default. The tokens are the same without.
         generation_config: "auto" takes the defaults of `generate` from the model's
             generation_config.json, "vllm" takes neutral ones; or a folder that has one.
         override_generation_config: Values that replace those defaults.
@@ -142,6 +144,7 @@ class LLM(metaclass=ExplainsKeywords):
         enable_chunked_prefill: bool | None = None,
         max_logprobs: int = 20,
         logprobs_mode: str = "raw_logprobs",
+        async_scheduling: bool | None = None,
         generation_config: str | Path = "auto",
         override_generation_config: Mapping[str, Any] | None = None,
         chat_template: str | Path | None = None,
@@ -167,6 +170,7 @@ class LLM(metaclass=ExplainsKeywords):
             enable_chunked_prefill=enable_chunked_prefill is not False,
             max_logprobs=max_logprobs,
             logprobs_mode=logprobs_mode,
+            async_scheduling=async_scheduling is not False,
         )
         # The backend keeps the first share it starts with, so it is checked before.
         reserve_memory(gpu_memory_utilization or DEFAULTS["gpu"]["memory_fraction"])
@@ -640,6 +644,7 @@ class LLM(metaclass=ExplainsKeywords):
             "num_steps": counted.num_steps,
             "num_tokens": counted.num_tokens,
             "num_padded_tokens": counted.num_padded_tokens,
+            "num_ahead": counted.num_ahead,
             "host_seconds": counted.host_seconds,
             "step_seconds": counted.step_seconds,
             "compile_seconds": dict(counted.compile_seconds),
@@ -647,7 +652,7 @@ class LLM(metaclass=ExplainsKeywords):
             "prefix_tokens_queried": scheduler.prefixes.num_queried,
             "prefix_tokens_hit": scheduler.prefixes.num_hit,
             "num_pages": scheduler.num_pages - 1,
-            "num_pages_held": scheduler.pool.num_held,
+            "num_pages_held": scheduler.num_pages_held,
         }
 
     def close(self) -> None:

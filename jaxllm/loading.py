@@ -78,6 +78,7 @@ class Wishes:
     enable_chunked_prefill: bool = True
     max_logprobs: int = 20
     logprobs_mode: str = "raw_logprobs"
+    async_scheduling: bool = True
 
     def __post_init__(self) -> None:
         """Checks types, and what no model and no machine could give."""
@@ -236,6 +237,7 @@ def _engine_config(wishes: Wishes, length: int, dtype: str, device: jax.Device) 
         enable_chunked_prefill=wishes.enable_chunked_prefill,
         max_logprobs=wishes.max_logprobs,
         logprobs_mode=wishes.logprobs_mode,
+        async_scheduling=wishes.async_scheduling,
         min_rows=1 if device.platform == "cpu" and dtype == "float32" else 2,
         max_decode_steps=defaults["max_decode_steps"],
     )

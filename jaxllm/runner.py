@@ -47,15 +47,15 @@ class ModelRunner:
         )
         return DeviceState(allocate(shapes.caches, self._fill), last_token)
 
-    def run(self, key: ProgramKey, buffer: np.ndarray) -> StepOutputs:
-        """Runs one step.
+    def launch(self, key: ProgramKey, buffer: np.ndarray) -> StepOutputs:
+        """Starts one step, and does not wait for it.
 
         Args:
             key: Of the program.
             buffer: int32, of `batch.pack_plan`.
 
         Returns:
-            The outputs, as NumPy arrays.
+            The outputs, on the device and on their way to the host; for `fetch`.
         """
         program = self.programs.get(key)
         sent = jax.device_put(buffer, self.builder.sharder.sharding())
@@ -68,6 +68,12 @@ class ModelRunner:
             self._counts = state.token_counts
             state = replace(state, token_counts=None)
         self.state = state
+        for leaf in jax.tree.leaves(outputs):
+            leaf.copy_to_host_async()
+        return outputs
+
+    def fetch(self, outputs: StepOutputs) -> StepOutputs:
+        """Waits for a step's outputs, and returns them as NumPy arrays."""
         return jax.device_get(outputs)
 
     def count_tokens(self, row: int, tokens: Sequence[int], num_prompt: int) -> None:
@@ -92,8 +98,14 @@ class ModelRunner:
         return self._counts
 
     def is_lost(self) -> bool:
-        """Whether an interrupt fell between a launch and the rebinding of its state."""
-        return self.state.last_token.is_deleted()
+        """Whether an interrupt fell between a launch and its rebinding, or a launch failed."""
+        if self.state.last_token.is_deleted():
+            return True
+        try:
+            self.state.last_token.block_until_ready()
+        except jax.errors.JaxRuntimeError:
+            return True
+        return False
 
     def recover(self) -> None:
         """Makes a new cache in place of a lost one; its content is gone."""

@@ -61,7 +61,13 @@ class Sequence:
     """In order; this sequence holds one reference to each."""
 
     num_computed: int = 0
-    """Tokens whose keys and values are in the cache."""
+    """Tokens whose keys and values are in the cache, once the launches in flight are done."""
+
+    num_expected: int = 0
+    """Tokens that launches in flight will bring, unless one of them ends it."""
+
+    num_in_flight: int = 0
+    """Launches that compute it and whose results are not known yet."""
 
     num_cached: int = 0
     """Tokens found in the prefix cache when it was first admitted."""
@@ -89,8 +95,8 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Tokens known and not yet computed; 1 for a sequence that decodes."""
-        return self.num_tokens - self.num_computed
+        """Tokens known or expected, and not yet computed; 1 for a sequence that decodes."""
+        return self.num_tokens + self.num_expected - self.num_computed
 
     @property
     def is_finished(self) -> bool:
@@ -127,7 +133,7 @@ class Sequence:
         return self.num_tokens if self.scoring is None else self.scoring.start
 
     def remaining(self, max_model_len: int) -> int:
-        """Returns how many more tokens it may generate."""
+        """Returns how many tokens it may generate beyond those that are known."""
         if not self.generates:
             return 0
         room = max_model_len - self.num_tokens
@@ -141,19 +147,32 @@ class PlannedRow:
     """One sequence's share of a step."""
 
     seq: Sequence
-    num_tokens: int
-    """Tokens of it that this step computes, from `seq.num_computed` on."""
+    start: int
+    """Position of the first token of it that this step computes."""
 
-    samples: bool
-    """Whether they are its last, so that a token comes out."""
+    num_tokens: int
+    """Tokens that it computes. The last one known may be on the device alone."""
+
+    limit: int
+    """Tokens that may come out; 0 where these are not its last, or none is to be sampled."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether a token comes out."""
+        return self.limit > 0
+
+    @property
+    def stop(self) -> int:
+        """One past the position of the last token that it computes, look-ahead apart."""
+        return self.start + self.num_tokens
 
     def scored(self) -> range:
         """Returns the positions of this step whose next token is scored."""
-        scoring, start = self.seq.scoring, self.seq.num_computed
+        scoring = self.seq.scoring
         if scoring is None:
             return range(0)
-        stop = min(start + self.num_tokens, len(scoring.targets))
-        return range(max(start, scoring.start), max(stop, start, scoring.start))
+        stop = min(self.stop, len(scoring.targets))
+        return range(max(self.start, scoring.start), max(stop, self.start, scoring.start))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +187,9 @@ class StepPlan:
 
     lookahead: int = 1
     """Tokens that a row may generate in this launch (N)."""
+
+    needs_sync: bool = False
+    """Whether the next step cannot be planned before the results of this one are known."""
 
     @property
     def num_tokens(self) -> int:

@@ -56,7 +56,7 @@ _IGNORED_BECAUSE = {
         device device_ids
     """,
     "the scheduler has no such choice": """
-        async_scheduling disable_async_output_proc long_prefill_token_threshold
+        disable_async_output_proc long_prefill_token_threshold
         max_num_partial_prefills max_long_partial_prefills max_num_active_seqs
         max_num_scheduled_tokens max_num_queued_reqs max_num_queued_tokens
         prefill_schedule_interval scheduler_reserve_full_isl scheduler_delay_factor

@@ -8,7 +8,7 @@ from jaxllm.batch import pack_plan, slots
 from jaxllm.buckets import Bucket, Buckets
 from jaxllm.config import EngineConfig
 from jaxllm.flags import flags_of
-from jaxllm.inputs import unpack
+from jaxllm.inputs import FROM_DEVICE, unpack
 from jaxllm.scheduler import Scheduler
 from jaxllm.sequence import MAX_STOP_IDS, PlannedRow, StepPlan
 from tests.fake import FakeDevice, make_sequence
@@ -19,15 +19,13 @@ CONFIG = EngineConfig(
 SPARE_ROW = CONFIG.max_num_seqs
 
 
-def row(
-    num_tokens, *, computed=0, pages=(), row=0, prompt=None, samples=True, output=(), **settings
-):
+def row(num_tokens, *, computed=0, pages=(), row=0, prompt=None, limit=1, output=(), **settings):
     """A planned row of a sequence that runs."""
     seq = make_sequence(prompt=prompt or range(computed + num_tokens - len(output)), **settings)
     seq.output_token_ids += output
     seq.pages = list(pages) or list(range(1, 2 + (computed + num_tokens) // CONFIG.page_size))
-    seq.num_computed, seq.row = computed, row
-    return PlannedRow(seq, num_tokens, samples)
+    seq.row = row
+    return PlannedRow(seq, computed, num_tokens, limit)
 
 
 def packed(*rows, lookahead=1, config=CONFIG) -> tuple[SimpleNamespace, Bucket]:
@@ -123,7 +121,7 @@ def test_the_page_table_holds_each_rows_pages():
 def test_pages_of_later_chunks_are_left_out_of_a_narrow_page_table():
     # A sequence is admitted with pages for its whole prompt, and computes a part of it.
     pages = list(range(1, 41))
-    inputs, bucket = packed(row(30, pages=pages, prompt=range(160), samples=False))
+    inputs, bucket = packed(row(30, pages=pages, prompt=range(160), limit=0))
 
     assert bucket.width == 8
     assert inputs.page_table[0, 0].tolist() == pages[:8]
@@ -186,9 +184,7 @@ def test_a_row_that_samples_brings_its_temperature_and_stop_tokens():
 
 
 def test_a_row_that_does_not_sample_brings_none_of_it():
-    inputs, _ = packed(
-        row(3, samples=False, seed=5, temperature=0.7, stop_token_ids=[5]), row(3, row=1)
-    )
+    inputs, _ = packed(row(3, limit=0, seed=5, temperature=0.7, stop_token_ids=[5]), row(3, row=1))
 
     assert inputs.limits[:2].tolist() == [0, 1]
     assert inputs.temperature[0] == 0
@@ -202,21 +198,19 @@ def test_stop_tokens_beyond_those_that_fit_stay_on_the_host():
     assert inputs.stop_ids[0].tolist() == list(range(20, 20 + MAX_STOP_IDS))
 
 
-@pytest.mark.parametrize(("max_tokens", "limit"), [(2, 1), (3, 2), (100, 8)])
-def test_a_row_may_generate_what_remains_of_the_lookahead(max_tokens, limit):
-    inputs, _ = packed(
-        row(1, computed=3, prompt=[1, 2, 3], output=[4], max_tokens=max_tokens), lookahead=8
-    )
+def test_a_row_brings_how_many_tokens_it_may_generate():
+    inputs, _ = packed(row(1, computed=3, limit=5), row(1, row=1, limit=8), lookahead=8)
 
-    assert inputs.limits[0] == limit
+    assert inputs.limits[:2].tolist() == [5, 8]
 
 
-def test_the_length_of_the_model_limits_what_a_row_may_generate():
-    config = EngineConfig(max_model_len=6, max_num_seqs=4, page_size=4)
+def test_a_token_that_only_the_device_knows_is_taken_from_there():
+    ahead = row(1, computed=4, prompt=[1, 2, 3, 4])  # the fifth is being sampled
 
-    inputs, _ = packed(row(1, computed=3), lookahead=8, config=config)
+    inputs, _ = packed(ahead, row(1, row=1))
 
-    assert inputs.limits[0] == 2
+    assert inputs.tokens[:2].tolist() == [FROM_DEVICE, 0]
+    assert (inputs.positions[0, 0], inputs.kv_lens[0]) == (4, 5)
 
 
 # -------------------------------------------------------------------- query blocks
@@ -280,11 +274,7 @@ def test_every_plan_of_a_random_load_packs(seed):
     while scheduler.has_work:
         plan = scheduler.schedule()
         inputs, bucket = packed(*plan.rows, config=config)
-        written = [
-            device.slot(r.seq, p)
-            for r in plan.rows
-            for p in range(r.seq.num_computed, r.seq.num_computed + r.num_tokens)
-        ]
+        written = [device.slot(r.seq, p) for r in plan.rows for p in range(r.start, r.stop)]
         if not bucket.is_decode:
             assert inputs.slot_mapping[0, : plan.num_tokens].tolist() == written
         for i, r in enumerate(plan.rows):

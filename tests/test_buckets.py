@@ -20,8 +20,7 @@ def make_plan(rows, **settings):
     planned = []
     for computed, num_tokens, samples in sorted(rows, key=lambda row: row[1] > 1):
         seq = make_sequence(prompt=[1] * (computed + num_tokens + (not samples)))
-        seq.num_computed = computed
-        planned.append(PlannedRow(seq, num_tokens, samples))
+        planned.append(PlannedRow(seq, computed, num_tokens, limit=int(samples)))
     num_decodes = sum(row.num_tokens == 1 for row in planned)
     return StepPlan(rows=tuple(planned), num_decodes=num_decodes, **settings)
 

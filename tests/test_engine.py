@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -41,16 +42,19 @@ class Maker:
         self.builder = ProgramBuilder(model, CONFIG, sharder(), MOST_PAGES)
         self.programs = ProgramCache(self.builder)
 
-    def __call__(self, *, num_pages=MOST_PAGES, budget=32, decode_steps=1):
+    def __call__(self, *, num_pages=MOST_PAGES, budget=32, decode_steps=1, overlap=True):
         """An engine whose cache starts poisoned: any read of a stale slot gives NaN."""
         runner = ModelRunner(self.builder, self.params, full_of_nan)
         runner.programs = self.programs
         engine = Engine(runner)
         # A smaller pool and budget than the programs were built for, which they cannot see.
         config = dataclasses.replace(
-            CONFIG, max_num_batched_tokens=budget, max_decode_steps=decode_steps
+            CONFIG,
+            max_num_batched_tokens=budget,
+            max_decode_steps=decode_steps,
+            async_scheduling=overlap,
         )
-        engine.scheduler = Scheduler(config, num_pages)
+        engine.config, engine.scheduler = config, Scheduler(config, num_pages)
         return engine
 
 
@@ -74,6 +78,8 @@ def run(engine, arrivals, poison=None):
                 done[finished.request_id] = finished.sequences[0].output_token_ids
             engine.scheduler.check_invariants()
         step += 1
+    engine.step()  # a step in flight may have a row that ended in the one before
+    engine.scheduler.check_invariants()
     assert engine.scheduler.pool.num_held == 0
     return done
 
@@ -290,3 +296,166 @@ def test_a_row_that_needs_the_host_gets_one_token_a_launch(llama, prompts, expec
 
     assert done["0"] == want[: want.index(want[10]) + 1]
     assert all("x1 " in name for name in engine.stats.compile_seconds)
+
+
+# ---------------------------------------------------------------- one step ahead
+
+
+@pytest.mark.parametrize("decode_steps", [1, 8])
+@pytest.mark.parametrize("num_pages", [MOST_PAGES, 1 + 28])
+def test_overlapping_steps_give_the_same_tokens(llama, prompts, expected, decode_steps, num_pages):
+    make, _ = llama
+    stops = {i: expected[str(i)][3 + i] for i in range(0, len(prompts), 2)}
+
+    def served(overlap):
+        engine = make(num_pages=num_pages, decode_steps=decode_steps, overlap=overlap)
+        arrivals = []
+        for i, prompt in enumerate(prompts):
+            rules = {"stop_token_ids": [stops[i]]} if i in stops else {}
+            rules |= {"temperature": 0.9, "seed": i, "repetition_penalty": 1.3} if i % 3 else {}
+            arrivals.append((2 * i, request(str(i), prompt, **rules)))
+        return run(engine, arrivals), engine
+
+    apart, one = served(overlap=False)
+    together, other = served(overlap=True)
+
+    assert together == apart
+    assert one.stats.num_ahead == 0
+    assert other.stats.num_ahead > 10
+    if num_pages < MOST_PAGES:
+        assert other.scheduler.num_preemptions > 0
+
+
+def events_of(engine, monkeypatch):
+    """What the engine does with the device, in order, and whether it had to wait for it."""
+    events, launches = [], []
+    launch, fetch = engine.runner.launch, engine.runner.fetch
+
+    def launch_(key, buffer):
+        events.append(("launch", len(launches)))
+        launches.append(launch(key, buffer))
+        return launches[-1]
+
+    def fetch_(outputs):
+        number = next(i for i, known in enumerate(launches) if known is outputs)
+        events.append(("fetch", number))
+        return fetch(outputs)
+
+    monkeypatch.setattr(engine.runner, "launch", launch_)
+    monkeypatch.setattr(engine.runner, "fetch", fetch_)
+    return events
+
+
+def test_a_step_is_launched_before_the_one_before_it_is_fetched(llama, prompts, monkeypatch):
+    make, _ = llama
+    engine = make()
+    events = events_of(engine, monkeypatch)
+
+    run(engine, [(0, request("0", prompts[0], 6))])
+
+    pairs = [("launch", 0)]
+    for i in range(1, 6):
+        pairs += [("launch", i), ("fetch", i - 1)]
+    assert len(prompts[0]) <= 32  # or the prompt would take two steps
+    assert events == [*pairs, ("fetch", 5)]
+
+
+def test_a_launch_returns_before_it_is_computed(llama, prompts, monkeypatch):
+    make, _ = llama
+    engine, ready = make(), []
+    launch = engine.runner.launch
+
+    def launch_(key, buffer):
+        outputs = launch(key, buffer)
+        ready.append(outputs.tokens.is_ready())
+        return outputs
+
+    monkeypatch.setattr(engine.runner, "launch", launch_)
+
+    run(engine, [(0, request(str(i), prompt)) for i, prompt in enumerate(prompts)])
+
+    assert not all(ready)
+
+
+def test_without_async_scheduling_each_step_is_fetched_at_once(llama, prompts, monkeypatch):
+    make, _ = llama
+    engine = make(overlap=False)
+    events = events_of(engine, monkeypatch)
+
+    run(engine, [(0, request("0", prompts[0], 3))])
+
+    assert events == [(what, i) for i in range(3) for what in ("launch", "fetch")]
+
+
+def test_a_row_that_ends_by_a_token_costs_one_step_and_frees_its_pages(llama, prompts, expected):
+    make, _ = llama
+    engine = make()
+    stop = expected["0"][5]
+    want = expected["0"][: expected["0"].index(stop) + 1]
+
+    done = run(engine, [(0, request("0", prompts[0], stop_token_ids=[stop]))])
+
+    assert done["0"] == want
+    assert engine.stats.num_steps == len(want) + 1
+
+
+def test_an_abort_in_flight_gives_its_pages_back(llama, prompts, expected):
+    make, _ = llama
+    engine = make()
+    for i in range(3):
+        engine.add_request(request(str(i), prompts[i]))
+    for _ in range(4):
+        engine.step()
+
+    engine.abort({"1"})
+    engine.scheduler.check_invariants()
+
+    done = {}
+    while engine.scheduler.has_work:
+        for one in engine.step():
+            done[one.request_id] = one.sequences[0].output_token_ids
+        engine.scheduler.check_invariants()
+    assert done == {i: expected[i] for i in ("0", "2")}
+    engine.step()
+    assert engine.scheduler.pool.num_held == 0
+
+
+def test_a_launch_that_fails_on_the_device_loses_no_request(llama, prompts, expected, monkeypatch):
+    """Its error comes out where the results are fetched, one step later."""
+    make, _ = llama
+    engine = make()
+    asked = request("0", prompts[0])
+    fetch = engine.runner.fetch
+
+    def fail(_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    def call():
+        with engine.call([]):
+            engine.add_request(asked)
+            engine.step()
+            engine.step()
+            monkeypatch.setattr(engine.runner, "fetch", fail)
+            engine.step()
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
+        call()
+    monkeypatch.setattr(engine.runner, "fetch", fetch)
+
+    assert run(engine, [])["0"] == expected["0"]
+
+
+def test_a_state_that_a_failed_launch_left_is_made_anew(llama):
+    class Failed:
+        def is_deleted(self):
+            return False
+
+        def block_until_ready(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    runner = llama[0]().runner
+    runner.state = dataclasses.replace(runner.state, last_token=Failed())
+
+    runner.recover()
+
+    assert not runner.is_lost()

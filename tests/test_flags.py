@@ -26,7 +26,7 @@ def row(*, num_tokens=1, samples=True, bad_words=(), thinking=None, scoring=None
         thinking=thinking,
         vocab_size=V,
     )
-    return PlannedRow(seq, num_tokens, samples)
+    return PlannedRow(seq, 0, num_tokens, limit=int(samples))
 
 
 def scoring(start=0, num_top=0, count=19):

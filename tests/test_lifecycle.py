@@ -260,15 +260,16 @@ def interrupt_in_call(function, when, *, after):
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("when", [1, 2, 5, 11])
-@pytest.mark.parametrize("part", ["schedule", "run", "update", "recover"])
+@pytest.mark.parametrize("part", ["schedule", "launch", "fetch", "update", "recover"])
 def test_interrupt_around_a_part_of_a_step_leaves_a_usable_engine(
     llm, expected, monkeypatch, part, when, after
 ):
     engine = llm._engine
-    owner = engine.runner if part == "run" else engine if part == "recover" else engine.scheduler
+    owners = {"launch": engine.runner, "fetch": engine.runner, "recover": engine}
+    owner = owners.get(part, engine.scheduler)
     if part == "recover":
-        broken = interrupt_in_call(engine.runner.run, when, after=True)
-        monkeypatch.setattr(engine.runner, "run", broken)
+        broken = interrupt_in_call(engine.runner.launch, when, after=True)
+        monkeypatch.setattr(engine.runner, "launch", broken)
         when = 1  # a second interrupt, while the first is being dealt with
     monkeypatch.setattr(owner, part, interrupt_in_call(getattr(owner, part), when, after=after))
 

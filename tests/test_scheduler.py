@@ -1,4 +1,5 @@
 import sys
+from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
@@ -64,10 +65,8 @@ def test_waiting_and_running_sequences_are_work():
     assert scheduler.has_work
 
 
-def test_a_plan_of_nothing_is_empty():
-    plan = make_scheduler().schedule()
-
-    assert (plan.rows, plan.num_decodes, plan.num_tokens) == ((), 0, 0)
+def test_nothing_to_do_is_no_plan():
+    assert make_scheduler().schedule() is None
 
 
 def test_a_prompt_is_prefilled_once_and_then_decoded_a_token_a_step():
@@ -740,40 +739,60 @@ def test_finished_sequences_are_returned_once_and_free_what_they_held():
 # -------------------------------------------------------------------- results
 
 
-def test_a_step_may_bring_several_tokens_of_a_sequence():
-    scheduler = make_scheduler()
-    seq = make_sequence(prompt=[1, 2], max_tokens=5)
+def several_steps(**params):
+    """A scheduler whose next plan may bring several tokens of its one sequence."""
+    scheduler = make_scheduler(max_decode_steps=8)
+    seq = make_sequence(prompt=[1, 2], **params)
     scheduler.add(seq)
+    scheduler.update(scheduler.schedule(), [SampledRow([6], [])])
+    return scheduler, seq
+
+
+def test_a_step_may_bring_several_tokens_of_a_sequence():
+    scheduler, seq = several_steps(max_tokens=5)
     plan = scheduler.schedule()
+    # The next token is not known, and is counted on.
+    assert (seq.num_computed, seq.num_expected, seq.num_pending) == (6, 4, 1)
 
-    scheduler.update(plan, [SampledRow([7, 8], [])])
+    scheduler.update(plan, [SampledRow([7, 8, 9, 10], [])])
 
-    # The first was fed back on the device, the second was not.
-    assert (seq.output_token_ids, seq.num_computed, seq.num_pending) == ([7, 8], 3, 1)
+    assert seq.output_token_ids == [6, 7, 8, 9, 10]
+    assert (seq.num_expected, seq.finish_reason) == (0, "length")
 
 
 def test_tokens_after_the_one_that_stops_are_dropped():
-    scheduler = make_scheduler()
-    seq = make_sequence(prompt=[1, 2], stop_token_ids=[8])
-    scheduler.add(seq)
-    plan = scheduler.schedule()
+    scheduler, seq = several_steps(stop_token_ids=[8])
 
-    finished = scheduler.update(plan, [SampledRow([7, 8, 9], [])])
+    finished = scheduler.update(scheduler.schedule(), [SampledRow([7, 8, 9], [])])
 
     assert finished == [seq]
-    assert seq.output_token_ids == [7, 8]
+    assert seq.output_token_ids == [6, 7, 8]
 
 
 def test_each_token_keeps_its_logprobs():
-    scheduler = make_scheduler()
-    seq = make_sequence(prompt=[1, 2], stop_token_ids=[8], logprobs=1)
-    scheduler.add(seq)
-    plan = scheduler.schedule()
+    scheduler, seq = several_steps(stop_token_ids=[8], logprobs=1)
     found = [SampledLogprob(-0.1 * i, i, [i], [-0.1 * i], [1]) for i in range(3)]
 
-    scheduler.update(plan, [SampledRow([7, 8, 9], found)])
+    scheduler.update(scheduler.schedule(), [SampledRow([7, 8, 9], found)])
 
     assert seq.logprobs == found[:2]
+
+
+@pytest.mark.parametrize(("max_tokens", "limit"), [(2, 1), (4, 3), (100, 8)])
+def test_a_row_may_generate_what_remains_of_the_lookahead(max_tokens, limit):
+    scheduler, _ = several_steps(max_tokens=max_tokens)
+
+    plan = scheduler.schedule()
+
+    assert (plan.lookahead, plan.rows[0].limit) == (1 if limit == 1 else 8, limit)
+
+
+def test_the_length_of_the_model_limits_what_a_row_may_generate():
+    scheduler = make_scheduler(max_decode_steps=8, max_model_len=6)
+    scheduler.add(make_sequence(prompt=[1, 2], max_tokens=None))
+    scheduler.update(scheduler.schedule(), [SampledRow([6], [])])
+
+    assert scheduler.schedule().rows[0].limit == 3
 
 
 def test_results_that_do_not_match_the_plan_are_refused():
@@ -783,6 +802,103 @@ def test_results_that_do_not_match_the_plan_are_refused():
 
     with pytest.raises(ValueError, match="shorter"):
         scheduler.update(plan, [])
+
+
+# -------------------------------------------------------------------- one step ahead
+
+
+def ahead(scheduler, device):
+    """Plans and launches a step; returns (plan, launch)."""
+    plan = scheduler.schedule()
+    scheduler.check_invariants()
+    return plan, device.launch(plan)
+
+
+def test_a_step_is_planned_on_top_of_one_in_flight():
+    scheduler, device = make_scheduler(), FakeDevice(PAGE_SIZE)
+    seq = make_sequence(prompt=prompt(6), max_tokens=3)
+    scheduler.add(seq)
+
+    launches = [ahead(scheduler, device) for _ in range(3)]
+
+    assert [(p.rows[0].start, p.rows[0].num_tokens) for p, _ in launches] == [
+        (0, 6),
+        (6, 1),
+        (7, 1),
+    ]
+    assert scheduler.schedule() is None  # its last token is expected
+    for plan, launch in launches:
+        scheduler.update(plan, device.fetch(launch))
+        scheduler.check_invariants()
+    assert seq.output_token_ids == generate(prompt(6), 3)
+    assert not scheduler.has_work
+
+
+def test_a_sequence_that_ends_in_a_step_keeps_its_pages_until_the_next_one_is_done():
+    scheduler, device = make_scheduler(), FakeDevice(PAGE_SIZE)
+    first = generate(prompt(6), 1)[0]
+    seq = make_sequence(prompt=prompt(6), stop_token_ids=[first])
+    scheduler.add(seq)
+    one, two = ahead(scheduler, device), ahead(scheduler, device)
+
+    finished = scheduler.update(one[0], device.fetch(one[1]))
+    scheduler.check_invariants()
+
+    assert finished == [seq]
+    assert not scheduler.has_work
+    assert (scheduler.num_pages_held, scheduler.pool.num_held) == (0, 2)
+    assert scheduler.update(two[0], device.fetch(two[1])) == []
+    assert scheduler.pool.num_held == 0
+    assert seq.output_token_ids == [first]
+    scheduler.check_invariants()
+
+
+def test_an_aborted_sequence_keeps_its_pages_until_its_step_is_done():
+    scheduler, device = make_scheduler(), FakeDevice(PAGE_SIZE)
+    seq = make_sequence("a", prompt(6))
+    scheduler.add(seq)
+    plan, launch = ahead(scheduler, device)
+
+    scheduler.abort({"a"})
+    scheduler.check_invariants()
+
+    assert scheduler.pool.num_held == 2
+    assert scheduler.update(plan, device.fetch(launch)) == []
+    assert (scheduler.pool.num_held, seq.output_token_ids) == (0, [])
+    scheduler.check_invariants()
+
+
+def test_nothing_is_preempted_before_the_step_in_flight_is_done():
+    scheduler, _ = crowded(num_pages=5, size=8)
+    device = FakeDevice(PAGE_SIZE)
+    one = ahead(scheduler, device)
+
+    assert scheduler.schedule() is None  # each needs a third page, and none is free
+
+    scheduler.update(one[0], device.fetch(one[1]))
+    assert planned(scheduler.schedule()) == [("0", 1)]
+    assert scheduler.num_preemptions == 1
+
+
+@pytest.mark.parametrize(
+    ("params", "settings", "waits"),
+    [
+        ({}, {}, False),
+        ({"stop_token_ids": [99]}, {}, False),  # costs one step for nothing at the most
+        ({"stop_token_ids": [99]}, {"max_decode_steps": 8}, True),  # would cost eight
+        ({"eos": (99,), "ignore_eos": True}, {"max_decode_steps": 8}, False),
+        ({"stop_token_ids": list(range(20, 30))}, {}, True),
+    ],
+)
+def test_a_plan_waits_for_results_where_they_matter(params, settings, waits):
+    scheduler, device = make_scheduler(**settings), FakeDevice(PAGE_SIZE)
+    scheduler.add(make_sequence(prompt=prompt(6), max_tokens=40, **params))
+    step(scheduler, device)
+
+    plan, _ = ahead(scheduler, device)
+
+    assert plan.needs_sync == waits
+    assert (scheduler.schedule() is None) == waits
 
 
 # -------------------------------------------------------------------- the checks themselves
@@ -820,6 +936,13 @@ def wait_with_pages(scheduler):
     scheduler.waiting.append(scheduler.running.pop())
 
 
+def free_in_flight(scheduler):
+    scheduler.schedule()
+    seq = scheduler.running.pop()
+    scheduler.pool.free(seq.pages)
+    scheduler._free_rows.append(seq.row)
+
+
 @pytest.mark.parametrize(
     "harm",
     [
@@ -831,6 +954,7 @@ def wait_with_pages(scheduler):
         share_row,
         compute_without_pages,
         wait_with_pages,
+        free_in_flight,
     ],
 )
 def test_check_invariants_finds(harm):
@@ -885,6 +1009,9 @@ class Load:
     resets: set[int] = field(default_factory=set)
     """Steps that are cut off after planning, with the cache's content lost."""
 
+    overlap: bool = False
+    """Whether each step is launched before the one before it is fetched."""
+
 
 @st.composite
 def loads(draw):
@@ -899,6 +1026,7 @@ def loads(draw):
         page_size=draw(st.sampled_from([1, 2, 4])),
         enable_prefix_caching=draw(st.booleans()),
         enable_chunked_prefill=chunked,
+        max_decode_steps=draw(st.sampled_from([1, 8, 32])),
     )
     # The least that `plan_memory` lets pass is one full sequence and the trash page.
     num_pages = config.pages_per_seq + 1 + draw(st.integers(0, 12))
@@ -914,7 +1042,7 @@ def loads(draw):
     )
     arrivals = draw(st.lists(arrival, min_size=1, max_size=12))
     resets = draw(st.sets(st.integers(0, 30), max_size=2))
-    return Load(config, num_pages, arrivals, resets)
+    return Load(config, num_pages, arrivals, resets, draw(st.booleans()))
 
 
 def check_plan(plan, scheduler):
@@ -929,11 +1057,26 @@ def check_plan(plan, scheduler):
     assert min(sizes[plan.num_decodes :], default=2) > 1
     for row in plan.rows:
         assert row.seq.row >= 0
-        assert row.samples == (row.num_tokens == row.seq.num_pending)
+        assert row.samples == (row.seq.num_pending == 1 and row.seq.num_expected > 0)
         assert row.samples or config.enable_chunked_prefill
-        assert len(row.seq.pages) * config.page_size >= row.seq.num_computed + row.num_tokens
+        assert row.limit <= plan.lookahead
+        written = row.stop + max(0, row.limit - 1)
+        assert len(row.seq.pages) * config.page_size >= written
+        assert row.seq.num_computed == written
     arrivals = [seq.arrival for seq in (*scheduler.running, *scheduler.waiting)]
     assert arrivals == sorted(arrivals), "a younger one goes before an older one"
+
+
+def check_owners(scheduler):
+    """No page that a step in flight writes to is another's, or free to be taken."""
+    size = scheduler.config.page_size
+    owners = {}
+    for plan in scheduler.in_flight:
+        for row in plan.rows:
+            stop = row.stop + max(0, row.limit - 1)
+            for page in row.seq.pages[row.start // size : -(-stop // size)]:
+                assert owners.setdefault(page, row.seq) is row.seq
+    assert not set(owners) & set(scheduler.pool.unowned())
 
 
 def serve(load):
@@ -941,8 +1084,8 @@ def serve(load):
     config = load.config
     scheduler, device = Scheduler(config, load.num_pages), FakeDevice(config.page_size)
     todo = sorted(enumerate(load.arrivals), key=lambda pair: pair[1].at)
-    seqs, now = {}, 0
-    while todo or scheduler.has_work:
+    seqs, launches, now = {}, deque(), 0
+    while todo or scheduler.has_work or launches:
         while todo and todo[0][1].at <= now:
             i, new = todo.pop(0)
             seqs[i] = make_sequence(
@@ -957,17 +1100,23 @@ def serve(load):
             scheduler.add(seqs[i])
         scheduler.abort(str(i) for i, new in enumerate(load.arrivals) if new.abort_at == now)
         scheduler.check_invariants()
-        if scheduler.has_work:
-            plan = scheduler.schedule()
-            scheduler.check_invariants()
+        plan = scheduler.schedule() if scheduler.has_work else None
+        scheduler.check_invariants()
+        if plan is not None:
             check_plan(plan, scheduler)
-            if now in load.resets:
-                scheduler.reset()
-                device = FakeDevice(config.page_size)
-            else:
-                finished = scheduler.update(plan, device.run(plan))
-                assert all(seq.is_finished for seq in finished)
+            check_owners(scheduler)
+            launches.append((plan, device.launch(plan)))
+        assert launches or not scheduler.has_work, "a step did nothing"
+        if now in load.resets:
+            scheduler.reset()
+            device, launches = FakeDevice(config.page_size), deque()
+        waits = plan is None or plan.needs_sync or not load.overlap
+        while len(launches) > (not waits):
+            done, launch = launches.popleft()
+            finished = scheduler.update(done, device.fetch(launch))
+            assert all(seq.is_finished for seq in finished)
             scheduler.check_invariants()
+            check_owners(scheduler)
         now += 1
         assert now < 2000, "it does not come to an end"
     assert scheduler.pool.num_held == 0
@@ -975,7 +1124,7 @@ def serve(load):
 
 
 @settings(
-    max_examples=150,
+    max_examples=300,
     deadline=None,
     derandomize=True,
     database=None,

@@ -23,6 +23,13 @@ def test_pending_tokens_are_those_known_and_not_computed():
     assert (seq.num_tokens, seq.num_pending) == (4, 1)
 
 
+def test_a_token_that_a_launch_will_bring_is_pending():
+    seq = make_sequence(prompt=[1, 2, 3])
+    seq.num_computed, seq.num_expected = 3, 1
+
+    assert (seq.num_tokens, seq.num_pending) == (3, 1)
+
+
 @pytest.mark.parametrize(
     ("max_tokens", "max_model_len", "remaining"), [(5, 100, 4), (None, 10, 6), (100, 10, 6)]
 )
@@ -52,8 +59,8 @@ def test_equal_sequences_are_not_the_same_sequence():
 
 
 def test_a_plan_counts_its_tokens_and_tells_chunks_from_decodes():
-    decode = PlannedRow(make_sequence("a"), 1, samples=True)
-    chunk = PlannedRow(make_sequence("b"), 3, samples=True)
+    decode = PlannedRow(make_sequence("a"), 0, 1, limit=1)
+    chunk = PlannedRow(make_sequence("b"), 0, 3, limit=1)
 
     plan = StepPlan(rows=(decode, chunk), num_decodes=1)
 

@@ -18,6 +18,7 @@ OWN = words("""
     hf_token hf_overrides trust_remote_code load_format download_dir max_model_len max_num_seqs
     max_num_batched_tokens gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks_override
     block_size enable_prefix_caching enable_chunked_prefill max_logprobs logprobs_mode
+    async_scheduling
     generation_config override_generation_config chat_template use_tqdm_on_load enforce_eager
 """)
 """The keywords that `LLM` has itself."""
