@@ -6,12 +6,15 @@ Step times are of dummy bfloat16 weights in the shapes of Qwen3-0.6B and
 Llama-3.1-8B with 1,024 tokens of context a row: the median of 50 launches of the
 decode program, the wait for its tokens included; beside it the time that reading
 the weights and the context once would take at the measured copy bandwidth.
+Prefill is held against the measured rate of a large matrix product.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -125,6 +128,19 @@ def copy_bandwidth():
     return 10 * 2 * x.nbytes / (time.perf_counter() - start)
 
 
+def matmul_rate():
+    """Operations a second of a large bfloat16 product."""
+    size = 8192
+    x = jnp.ones((size, size), jnp.bfloat16)
+    multiply = jax.jit(lambda x, y: x @ y)
+    multiply(x, x).block_until_ready()
+    start = time.perf_counter()
+    for _ in range(20):
+        y = multiply(x, x)
+    y.block_until_ready()
+    return 20 * 2 * size**3 / (time.perf_counter() - start)
+
+
 FLAGS = {
     "greedy": SamplingFlags(),
     "sampled": SamplingFlags(sampled=True),
@@ -179,7 +195,16 @@ def decode_times(llm, rows, steps, bandwidth, choice="greedy"):
     }
 
 
-def prefill_time(llm, num_tokens):
+def prefill_flops(llm, num_tokens):
+    """Operations of a prompt: two a weight and token, and the causal half of attention."""
+    config, model = llm._plan.config, llm._engine.runner.builder.model
+    num_weights = sum(leaf.shape.size for leaf in model.leaves)
+    num_weights -= config.vocab_size * config.embed_dim  # looked up, or used for one token
+    scores = 2 * num_tokens**2 * config.num_heads * config.head_dim * config.num_layers
+    return 2 * num_weights * num_tokens + scores
+
+
+def prefill_time(llm, num_tokens, rate):
     """Seconds of one prompt of this length and one token, once warm."""
     rng = np.random.default_rng(0)
     params = SamplingParams(temperature=0, max_tokens=1)
@@ -189,30 +214,77 @@ def prefill_time(llm, num_tokens):
         start = time.perf_counter()
         llm.generate(prompt, params, use_tqdm=False)
         seconds.append(time.perf_counter() - start)
-    return {"tokens": num_tokens, "s": statistics.median(seconds[1:]), "first_s": seconds[0]}
+    best = statistics.median(seconds[1:])
+    share = prefill_flops(llm, num_tokens) / rate / best
+    return {"tokens": num_tokens, "s": best, "first_s": seconds[0], "matmul_share": share}
+
+
+WAYS = {
+    "one step, in turn": (1, False),
+    "one step, overlapping": (1, True),
+    "up to 32 steps": (32, True),
+}
+"""Steps a launch may have, and whether the next one is launched before it is done."""
 
 
 def generation_rates(llm, rows, num_new=128):
-    """Output tokens a second of whole calls, one step a launch and up to 32, in alternation."""
+    """Output tokens a second of whole calls, in alternation, and the host's time a step."""
     rng = np.random.default_rng(0)
     params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True)
-    scheduler = llm._engine.scheduler
-    rates = {1: [], 32: []}
+    engine = llm._engine
+    rates, host = {way: [] for way in WAYS}, {way: [] for way in WAYS}
     for _ in range(4):
-        for steps, found in rates.items():
-            scheduler.config = dataclasses.replace(scheduler.config, max_decode_steps=steps)
+        for way, (steps, overlaps) in WAYS.items():
+            engine.config = engine.scheduler.config = dataclasses.replace(
+                engine.config, max_decode_steps=steps, async_scheduling=overlaps
+            )
             prompts = [rng.integers(0, 1000, 128).tolist() for _ in range(rows)]
-            start = time.perf_counter()
+            before, start = dataclasses.replace(engine.stats), time.perf_counter()
             llm.generate(prompts, params, use_tqdm=False)
-            found.append(rows * num_new / (time.perf_counter() - start))
+            rates[way].append(rows * num_new / (time.perf_counter() - start))
+            num_steps = engine.stats.num_steps - before.num_steps
+            host[way].append((engine.stats.host_seconds - before.host_seconds) / num_steps)
     return {
         "rows": rows,
-        "tokens_per_s": {steps: statistics.median(found[1:]) for steps, found in rates.items()},
-        "min_max": {steps: [min(found[1:]), max(found[1:])] for steps, found in rates.items()},
+        "tokens_per_s": {way: statistics.median(found[1:]) for way, found in rates.items()},
+        "min_max": {way: [min(found[1:]), max(found[1:])] for way, found in rates.items()},
+        "host_ms_a_step": {way: 1e3 * statistics.median(t[1:]) for way, t in host.items()},
     }
 
 
-def time_model(shape, bandwidth):
+START = """
+import time
+start = time.perf_counter()
+import sys
+from jaxllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16",
+          max_model_len=8192, max_num_seqs=64, use_tqdm_on_load=False)
+built = time.perf_counter() - start
+llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+print(built, time.perf_counter() - start)
+"""
+
+
+def start_times(shape):
+    """Seconds from imports to a model and to its first token: nothing compiled, then all."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
+        for name in ("cold", "warm"):
+            done = subprocess.run(
+                [sys.executable, "-c", START, folder],
+                env={**os.environ, "JAXLLM_CACHE_ROOT": f"{folder}/cache"},
+                cwd=Path(__file__).parent.parent,
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            built, first = map(float, done.stdout.split())
+            found[name] = {"construct_s": built, "first_token_s": first}
+    return found
+
+
+def time_model(shape, bandwidth, rate):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
@@ -234,7 +306,7 @@ def time_model(shape, bandwidth):
             for choice in list(FLAGS)[1:]:
                 rows.append(decode_times(llm, 64, 1, bandwidth, choice))
                 print(shape, rows[-1], flush=True)
-            prefill = prefill_time(llm, 4096)
+            prefill = prefill_time(llm, 4096, rate)
             print(shape, prefill, flush=True)
             rates = [generation_rates(llm, batch) for batch in (1, 64)]
             print(shape, rates, flush=True)
@@ -246,16 +318,19 @@ def main():
     parser.add_argument("--json", help="where to write every figure")
     parser.add_argument("--skip-llama", action="store_true", help="leave the 8B shape out")
     args = parser.parse_args()
-    found = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    # Before this process takes the card's memory, which its children need.
+    found = {"start": start_times("qwen3-0.6b")}
+    found |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     found["parity"] = check_parity(DEMO, PROMPTS)
     print(found, flush=True)
     found["families"] = check_families()
-    found["copy_bandwidth"] = copy_bandwidth()
+    found["copy_bandwidth"], found["matmul_rate"] = copy_bandwidth(), matmul_rate()
     print(f"copy {found['copy_bandwidth'] / 1e12:.2f} TB/s", flush=True)
+    print(f"matmul {found['matmul_rate'] / 1e12:.0f} TF/s", flush=True)
     for shape in SHAPES:
         if args.skip_llama and shape.startswith("llama"):
             continue
-        found[shape] = time_model(shape, found["copy_bandwidth"])
+        found[shape] = time_model(shape, found["copy_bandwidth"], found["matmul_rate"])
         if args.json:
             Path(args.json).write_text(json.dumps(found, indent=1))
 

@@ -67,7 +67,7 @@ def temp_bound(config: ModelConfig, engine: EngineConfig, buckets: Sequence[Buck
     Per token: the residual stream, the widest of qkv and gate/up, in the model's
     dtype and in float32. Per row that samples: copies of its logits. For attention,
     which does chunks and decodes one after the other: gathered keys and values and
-    their masked copy, and scores in float32, of one query block or one group of rows.
+    their masked copy, and scores in float32, of one group of query blocks or of rows.
     """
     size = 2 if engine.dtype in ("bfloat16", "float16") else 4
     head_width = config.num_heads * config.head_dim
@@ -82,7 +82,11 @@ def temp_bound(config: ModelConfig, engine: EngineConfig, buckets: Sequence[Buck
         scores = keys * config.num_heads * 4
         tokens = bucket.tokens * (4 * config.embed_dim + 2 * widest + 2 * head_width) * (size + 4)
         logits = 4 * bucket.rows * config.vocab_size * 4
-        block = 3 * key_bytes + 3 * engine.block_q * scores
+        at_once = max(
+            tuning.blocks_at_once(engine.block_q, config.num_heads, keys)
+            for tuning in TUNING.values()
+        )
+        block = at_once * (2 * key_bytes + 3 * engine.block_q * scores)
         rows = 3 * group * (key_bytes + scores)
         most = max(most, tokens + logits + max(block, rows))
     return most + FIXED_TEMP

@@ -39,8 +39,14 @@ STEPS = {
     "one": [(12, 1)],
 }
 
-ONE_ROW_AT_A_TIME = Tuning(order="KPSD", gather_bytes=1, dynamic_trips=True, upcast=True)
-TUNINGS = {**TUNING, "small groups": ONE_ROW_AT_A_TIME}
+ONE_ROW_AT_A_TIME = Tuning(
+    order="KPSD", gather_bytes=1, dynamic_trips=True, score_bytes=0, upcast=True
+)
+# With two of 4 x 6 x 32 scores at once, so that a group has blocks of two rows, or an unused one.
+TWO_BLOCKS_AT_ONCE = dataclasses.replace(
+    ONE_ROW_AT_A_TIME, score_bytes=2 * BLOCK_Q * 6 * 32 * 4 + 1
+)
+TUNINGS = {**TUNING, "small groups": ONE_ROW_AT_A_TIME, "two blocks": TWO_BLOCKS_AT_ONCE}
 
 
 @dataclasses.dataclass

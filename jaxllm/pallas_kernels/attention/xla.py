@@ -18,9 +18,9 @@ from jaxllm.pallas_kernels.attention.spec import MASKED, AttentionSpec, Tuning, 
 if TYPE_CHECKING:
     from jaxllm.pallas_kernels.attention.paged import PagedAttend
 
-# Einsum letters by cache order: of gathered rows, of their scores; the same for one row.
-# c: keys of a row (M * S), b: rows, q: queries of a block, g: heads of a group.
-LETTERS = {"PSKD": ("bckd", "bkcg", "ckd"), "KPSD": ("kbcd", "kbcg", "kcd")}
+# Einsum letters by cache order: of gathered rows, and of the scores of one query a row.
+# c: keys of a row (M * S), b: rows or blocks, q: queries of a block, g: heads of a group.
+LETTERS = {"PSKD": ("bckd", "bkcg"), "KPSD": ("kbcd", "kbcg")}
 
 
 def write(pages: jax.Array, new: jax.Array, slots: jax.Array, order: str) -> jax.Array:
@@ -110,7 +110,7 @@ def _attend_rows(
     spec: AttentionSpec,
 ) -> jax.Array:
     """Attention of a group of rows whose keys are gathered together."""
-    kv, score, _ = LETTERS[tuning.order]
+    kv, score = LETTERS[tuning.order]
     keys, values = (gather(p, page_table, tuning.order, q.dtype) for p in pages)
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = pages[0].shape[tuning.order.index("K")]
@@ -132,7 +132,7 @@ def _attend_rows(
 def attend_blocks(
     q: jax.Array, pages: tuple[jax.Array, ...], step: PagedAttend, spec: AttentionSpec
 ) -> jax.Array:
-    """Attention of query blocks, one after the other.
+    """Attention of query blocks, a few at a time.
 
     A block is read and written as `block_q` consecutive tokens. Where its row
     ends sooner, the tokens after it are computed wrongly and then overwritten by
@@ -151,35 +151,61 @@ def attend_blocks(
     blocks = step.blocks
     if blocks is None:
         raise ValueError("attend_blocks was called for a step without query blocks.")
-    _, _, kv = LETTERS[step.tuning.order]
-    num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = pages[0].shape[step.tuning.order.index("K")]
+    num_tokens, num_heads, _ = q.shape
+    num_keys = step.page_table.shape[1] * pages[0].shape[step.tuning.order.index("S")]
+    size = step.tuning.blocks_at_once(step.block_q, num_heads, num_keys)
     overhang = ((0, step.block_q), (0, 0), (0, 0))
     q_padded = jnp.pad(q, overhang)
     positions = jnp.pad(blocks.positions, overhang[0])
+    extra = (0, -blocks.rows.shape[0] % size)
+    rows = jnp.pad(blocks.rows, extra)
+    starts = jnp.pad(blocks.starts, extra, constant_values=num_tokens)
 
-    def attend_one(i: jax.Array, out: jax.Array) -> jax.Array:
-        row, start = blocks.rows[i], blocks.starts[i]
-        query = jax.lax.dynamic_slice_in_dim(q_padded, start, step.block_q)
-        query_at = jax.lax.dynamic_slice_in_dim(positions, start, step.block_q)[:, None]
-        keys, values = (gather(p, step.page_table[row], step.tuning.order, q.dtype) for p in pages)
-        grouped = query.reshape(step.block_q, num_kv_heads, -1, head_dim)
-        scores = product(f"qkgd,{kv}->kgqc", grouped, keys, upcast=step.tuning.upcast)
-        scores = capped(scores * spec.scale, spec.softcap)
+    def attend_group(i: jax.Array, out: jax.Array) -> jax.Array:
+        row, start = (jax.lax.dynamic_slice_in_dim(x, i * size, size) for x in (rows, starts))
 
-        at = jnp.arange(keys.shape[kv.index("c")], dtype=jnp.int32)
-        length = step.kv_lens[row]
-        seen = _visible(at[None, :], query_at, length, spec.window)  # [Q, C]
-        probs = jax.nn.softmax(jnp.where(_spread(seen, "qc", "kgqc"), scores, MASKED), axis=-1)
-        values = jnp.where(_spread(at < length, "c", kv), values, 0)
-        attended = product(f"kgqc,{kv}->qkgd", probs, values, upcast=step.tuning.upcast)
-        attended = attended.astype(q.dtype).reshape(step.block_q, num_heads, head_dim)
-        return jax.lax.dynamic_update_slice_in_dim(out, attended, start, axis=0)
+        def cut(x: jax.Array) -> jax.Array:
+            cuts = [jax.lax.dynamic_slice_in_dim(x, at, step.block_q) for at in start]
+            return jnp.stack(cuts)  # [blocks, Q, ...]
 
-    trips = blocks.count if step.tuning.dynamic_trips else blocks.rows.shape[0]
+        table, lens = step.page_table[row], step.kv_lens[row]
+        attended = _attend_blocks(
+            cut(q_padded), cut(positions), table, lens, pages, step.tuning, spec
+        )
+        for at, block in zip(start, attended, strict=True):
+            out = jax.lax.dynamic_update_slice_in_dim(out, block, at, axis=0)
+        return out
+
+    trips = -(-blocks.count // size) if step.tuning.dynamic_trips else rows.shape[0] // size
     # Not zeros to begin with: XLA would make those of all layers at once, and keep them.
-    out = jax.lax.fori_loop(0, trips, attend_one, q_padded)
+    out = jax.lax.fori_loop(0, trips, attend_group, q_padded)
     return out[:num_tokens]
+
+
+def _attend_blocks(
+    q: jax.Array,
+    query_at: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    pages: tuple[jax.Array, ...],
+    tuning: Tuning,
+    spec: AttentionSpec,
+) -> jax.Array:
+    """Attention of query blocks [blocks, Q, H, D], whose positions are `query_at` [blocks, Q]."""
+    kv, _ = LETTERS[tuning.order]
+    keys, values = (gather(p, page_table, tuning.order, q.dtype) for p in pages)
+    num_kv_heads = pages[0].shape[tuning.order.index("K")]
+    grouped = q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[-1])
+    scores = product(f"bqkgd,{kv}->bkgqc", grouped, keys, upcast=tuning.upcast)
+    scores = capped(scores * spec.scale, spec.softcap)
+
+    at = jnp.arange(keys.shape[kv.index("c")], dtype=jnp.int32)
+    length = kv_lens[:, None, None]
+    seen = _visible(at[None, None, :], query_at[:, :, None], length, spec.window)  # [blocks, Q, C]
+    probs = jax.nn.softmax(jnp.where(_spread(seen, "bqc", "bkgqc"), scores, MASKED), axis=-1)
+    values = jnp.where(_spread(at[None, :] < kv_lens[:, None], "bc", kv), values, 0)
+    out = product(f"bkgqc,{kv}->bqkgd", probs, values, upcast=tuning.upcast)
+    return out.astype(q.dtype).reshape(q.shape)
 
 
 def _spread(x: jax.Array, letters: str, target: str) -> jax.Array:
