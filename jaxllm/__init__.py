@@ -14,6 +14,7 @@ from jaxllm.errors import (
     RequestError,
     UnsupportedModelError,
 )
+from jaxllm.inspection import Inspection, inspect
 from jaxllm.llm import LLM
 from jaxllm.logs import set_verbosity
 from jaxllm.outputs import (
@@ -40,6 +41,7 @@ __all__ = [
     "ConfigError",
     "FamilyImportError",
     "FlatLogprobs",
+    "Inspection",
     "JaxLLMError",
     "Logprob",
     "NonFiniteError",
@@ -51,6 +53,7 @@ __all__ = [
     "Support",
     "UnsupportedModelError",
     "__version__",
+    "inspect",
     "set_verbosity",
     "supports",
 ]

@@ -55,9 +55,13 @@ class Array:
     @property
     def num_bytes(self) -> int:
         """Bytes; a type narrower than a byte is packed."""
+        return self.bytes_of(self.size)
+
+    def bytes_of(self, num_elements: int) -> int:
+        """Returns the bytes of some of its elements."""
         width = WIDTH.search(self.dtype)
         bits = int(width[0]) if width else 8  # pred; a token has size 1 and costs nothing real
-        return -(-self.size * bits // 8)
+        return -(-num_elements * bits // 8)
 
     def __str__(self) -> str:
         """Returns XLA's spelling."""
@@ -88,6 +92,12 @@ class Instruction:
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else ""
 
+    @property
+    def trip_count(self) -> int | None:
+        """How often a `while` runs its body; None where the compiler does not know."""
+        found = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.attributes)
+        return int(found[1]) if found else None
+
     def called(self) -> list[str]:
         """Returns the names of the computations it mentions."""
         names = []
@@ -112,7 +122,7 @@ class Module:
             elif line.startswith("  ") and " = " in line:
                 instruction = _parse(line)
                 current[instruction.name] = instruction
-        self._callers: dict[str, tuple[str, Instruction]] = {}
+        self._callers: dict[str, list[tuple[str, Instruction]]] = {}
         self.running = list(self._run())
         """Pairs of computation and instruction, of all that is not inside a fusion."""
 
@@ -123,9 +133,22 @@ class Module:
                 yield name, instruction
                 if instruction.opcode in RUNNING:
                     for called in instruction.called():
-                        self._callers.setdefault(called, (name, instruction))
+                        self._callers.setdefault(called, []).append((name, instruction))
                         if called not in names:
                             names.append(called)
+
+    def runs(self, computation: str) -> int:
+        """Returns how often a computation runs in one call of the program.
+
+        A loop whose length the compiler does not know counts once, and so does each
+        branch of a `conditional`. The condition of a loop of known length never runs.
+        """
+        if computation == self.entry:
+            return 1
+        return sum(
+            self.runs(outer) * _times(instruction, computation)
+            for outer, instruction in self._callers[computation]
+        )
 
     def body(self, instruction: Instruction) -> dict[str, Instruction]:
         """Returns the instructions inside a fusion; of another one, itself."""
@@ -138,7 +161,7 @@ class Module:
         arrays = instruction.arrays
         if instruction.opcode in FUSIONS:
             body = self.body(instruction)
-            root = _root(body)
+            root = root_of(body)
             makers = []
             for name in root.operands if root.opcode == "tuple" else (root.name,):
                 makers += [_through_bitcasts(body, name)] * len(body[name].arrays)
@@ -177,11 +200,14 @@ class Module:
     ) -> Instruction | None:
         if computation == self.entry:
             return parameter
-        outer, caller = self._callers[computation]
-        number = 0 if caller.opcode == "while" else int(parameter.operands[0])
-        if caller.opcode == "conditional":  # operand 0 chooses; each branch has one of the rest
-            number = 1 + caller.called().index(computation)
-        return self.origin(outer, caller.operands[number], part)
+        found = []
+        for outer, caller in self._callers[computation]:
+            number = 0 if caller.opcode == "while" else int(parameter.operands[0])
+            if caller.opcode == "conditional":  # operand 0 chooses; each branch has one of the rest
+                number = 1 + caller.called().index(computation)
+            found.append(self.origin(outer, caller.operands[number], part))
+        # What several callers pass is one argument only where they all pass the same.
+        return found[0] if all(one == found[0] for one in found) else None
 
     def updated_operand(self, instruction: Instruction, part: int = 0) -> str | None:
         """Returns the operand that one of its results overwrites in place, or None."""
@@ -195,6 +221,13 @@ class Module:
         if updated.opcode != "parameter":
             return None
         return instruction.operands[int(updated.operands[0])]
+
+
+def _times(caller: Instruction, computation: str) -> int:
+    """Returns how often one run of an instruction runs a computation that it calls."""
+    if caller.trip_count is None:
+        return 1
+    return 0 if caller.attribute("condition") == computation else caller.trip_count
 
 
 def _parse(line: str) -> Instruction:
@@ -227,7 +260,8 @@ def _split_type(value: str) -> tuple[str, str]:
     return value, ""
 
 
-def _root(body: dict[str, Instruction]) -> Instruction:
+def root_of(body: dict[str, Instruction]) -> Instruction:
+    """Returns the instruction whose value a computation has."""
     return next(instruction for instruction in body.values() if instruction.is_root)
 
 

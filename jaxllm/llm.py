@@ -19,6 +19,7 @@ from jaxllm.engine import Engine
 from jaxllm.errors import ConfigError, JaxLLMError, RequestError
 from jaxllm.generation_defaults import default_sampling_params
 from jaxllm.hub import PATTERNS, WITHOUT_WEIGHTS, local_folder
+from jaxllm.inspection import Inspection, Wanted, inspect_program
 from jaxllm.keywords import ExplainsKeywords
 from jaxllm.loading import (
     DEFAULTS,
@@ -654,6 +655,27 @@ class LLM(metaclass=ExplainsKeywords):
             "num_pages": scheduler.num_pages - 1,
             "num_pages_held": scheduler.num_pages_held,
         }
+
+    def inspect(
+        self,
+        program: str,
+        *,
+        batch: int | None = None,
+        tokens: int | None = None,
+        steps: int = 1,
+        context: int | None = None,
+    ) -> Inspection:
+        """Compiles one of this model's programs anew and tells what became of it.
+
+        The arguments are those of `jaxllm.inspect`, which needs no loaded model. Nothing
+        runs, and the engine's own programs stay as they are.
+
+        Raises:
+            ConfigError: There is no such program.
+        """
+        builder = self._live_engine().runner.builder
+        wanted = Wanted(program=program, batch=batch, tokens=tokens, steps=steps, context=context)
+        return inspect_program(builder, self._plan.config, self._name, wanted)
 
     def close(self) -> None:
         """Frees weights and cache; a closed LLM only says that it is.

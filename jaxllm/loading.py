@@ -170,10 +170,10 @@ def plan_load(
         else:
             ignored = (*ignored, head)  # many checkpoints hold the embedding a second time
     device = sharder.mesh.devices.flat[0]
-    stored = np.dtype(weights.DTYPES[checkpoint.dtype()]).name if checkpoint else _stated_dtype(hf)
+    stored = np.dtype(weights.DTYPES[checkpoint.dtype()]).name if checkpoint else stated_dtype(hf)
     dtype = resolve_dtype(wishes.dtype, stored, device, overflows=config.float16_overflows)
     length = max_model_len(wishes.max_model_len, config, hf)
-    engine = _engine_config(wishes, length, dtype, device)
+    engine = engine_config(wishes, length, dtype, device)
     config = with_length(config, length)
     model = abstract_model(config, family.build, dtype, sharder)
     sources = weights.match(model, checkpoint, family.WEIGHTS, ignored) if checkpoint else []
@@ -212,13 +212,14 @@ def load_params(plan: Plan, *, seed: int, show_progress: bool) -> tuple[jax.Arra
     return params
 
 
-def _stated_dtype(hf: Any) -> str:
+def stated_dtype(hf: Any) -> str:
     """Returns the element type that config.json states, which no file bears out."""
     name = str(getattr(hf, "dtype", None)).removeprefix("torch.")
     return name if name in ("float16", "bfloat16") else "float32"
 
 
-def _engine_config(wishes: Wishes, length: int, dtype: str, device: jax.Device) -> EngineConfig:
+def engine_config(wishes: Wishes, length: int, dtype: str, device: jax.Device) -> EngineConfig:
+    """Returns what the caller asked for, and the platform's defaults for the rest."""
     defaults = DEFAULTS["cpu" if device.platform == "cpu" else "gpu"]
     seqs, tokens = wishes.max_num_seqs, wishes.max_num_batched_tokens
     if seqs is None:

@@ -5,13 +5,13 @@ Read from a compiled program, for a device that is here or only compiled for
 it knows no model. Sizes are those of one device.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
 
 from jaxllm.hlo import Array, Instruction, Module
+from jaxllm.traffic import Access, accesses, is_free
 
 # Opcodes that change where or in which type data lies, and not what it is.
 MOVING = frozenset(
@@ -31,23 +31,6 @@ MOVING = frozenset(
         "slice",
         "transpose",
         "tuple",
-    }
-)
-
-# Opcodes that write nothing, or whose computations are looked at instead.
-SILENT = frozenset(
-    {
-        "after-all",
-        "async-start",
-        "bitcast",
-        "call",
-        "conditional",
-        "constant",
-        "get-tuple-element",
-        "opt-barrier",
-        "parameter",
-        "tuple",
-        "while",
     }
 )
 
@@ -84,6 +67,9 @@ class Write:
     """The argument that it reads, and gives as many elements anew: a copied cache,
     a copied, transposed, converted or dequantised weight."""
 
+    takes: str | None
+    """The argument of which it only moves a part: a slice made into an array of its own."""
+
     computation: str
     """Where it happens: the entry, or the body of a loop."""
 
@@ -102,6 +88,8 @@ class Collective:
     """What one device has afterwards."""
 
     source: str
+    runs: int
+    """How often, in one call of the program."""
 
     @property
     def num_bytes(self) -> int:
@@ -123,6 +111,20 @@ class Loop:
 
 
 @dataclass(frozen=True, slots=True)
+class Launch:
+    """An instruction that something is launched for: a fusion, a library's or our kernel, a copy.
+
+    On a GPU it is one kernel, with few exceptions; on CPU one operation.
+    """
+
+    opcode: str
+    runs: int
+    """How often, in one call of the program."""
+
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class ProgramReport:
     """One compiled program."""
 
@@ -135,6 +137,10 @@ class ProgramReport:
     writes: tuple[Write, ...]
     collectives: tuple[Collective, ...]
     loops: tuple[Loop, ...]
+    accesses: tuple[Access, ...]
+    """Bytes read and written in one call, an entry for each argument."""
+
+    launches: tuple[Launch, ...]
 
     def moves(self, at_least: int) -> list[Write]:
         """Returns what only moves this many bytes or more."""
@@ -143,6 +149,41 @@ class ProgramReport:
     def rewritten(self, at_least: int) -> list[Write]:
         """Returns copies of whole arguments of this many bytes or more, in any form."""
         return [w for w in self.writes if w.rewrites and w.array.num_bytes >= at_least]
+
+    def copied(self, of: tuple[str, ...], at_least: int) -> list[Write]:
+        """Returns what copies arguments or slices of them, in any form, into new arrays.
+
+        Args:
+            of: How the paths of the arguments begin.
+            at_least: Bytes of the new array.
+        """
+        return [
+            write
+            for write in self.writes
+            if (write.rewrites or write.takes or "").startswith(of)
+            and write.array.num_bytes >= at_least
+        ]
+
+    def num_launches(self, within: str = "") -> int:
+        """Returns the launches of one call.
+
+        Args:
+            within: Part of the path in the traced program, such as a function's name.
+        """
+        return sum(launch.runs for launch in self.launches if within in launch.source)
+
+    def bytes_read(self, argument: str) -> int:
+        """Returns the bytes read in one call of arguments whose path begins so."""
+        return sum(a.read for a in self.accesses if (a.argument or "").startswith(argument))
+
+    def bytes_written(self, argument: str) -> int:
+        """Returns the bytes overwritten in one call of arguments whose path begins so."""
+        return sum(a.written for a in self.accesses if (a.argument or "").startswith(argument))
+
+    @property
+    def bytes_accessed(self) -> int:
+        """All bytes read and written in one call, of arguments and of what is made on the way."""
+        return sum(a.read + a.written for a in self.accesses)
 
     def count(self, opcode: str, within: str = "") -> int:
         """Returns the number of collectives of an opcode.
@@ -172,23 +213,26 @@ def report(compiled: jax.stages.Compiled) -> ProgramReport:
         writes=tuple(_writes(module)),
         collectives=tuple(_collectives(module)),
         loops=tuple(_loops(module)),
+        accesses=accesses(module),
+        launches=tuple(_launches(module)),
     )
 
 
 def _writes(module: Module) -> Iterator[Write]:
     for where, instruction in module.running:
-        opcode = instruction.opcode
-        if opcode in SILENT or opcode.endswith("-done"):
+        if is_free(instruction):
             continue
         moves = all(_moves(inner) for inner in module.body(instruction).values())
         for i, (array, result) in enumerate(module.results(instruction)):
             in_place = module.updated_operand(instruction, i) is not None
+            arguments = [] if in_place else _arguments(module, where, instruction)
             yield Write(
                 opcode=result.opcode,
                 array=array,
                 moves=moves,
                 in_place=in_place,
-                rewrites=None if in_place else _rewritten(module, where, instruction, array),
+                rewrites=_rewritten(module, instruction, array, arguments),
+                takes=_name(arguments[0]) if moves and arguments else None,
                 computation=where,
                 source=instruction.source,
             )
@@ -199,34 +243,48 @@ def _moves(inner: Instruction) -> bool:
     return inner.opcode in MOVING or all(array.size == 1 for array in inner.arrays)
 
 
-def _rewritten(module: Module, where: str, instruction: Instruction, array: Array) -> str | None:
+def _arguments(module: Module, where: str, instruction: Instruction) -> list[Instruction]:
+    """Returns the arguments of the program among an instruction's operands."""
+    known = module.computations[where]
+    found = [module.origin(where, name) for name in instruction.operands if name in known]
+    return [argument for argument in found if argument is not None]
+
+
+def _rewritten(
+    module: Module, instruction: Instruction, array: Array, arguments: list[Instruction]
+) -> str | None:
     """The argument among an instruction's operands that has as many elements as its result."""
     if any(inner.opcode in MAKING for inner in module.body(instruction).values()):
         return None
-    known = module.computations[where]
-    for name in instruction.operands:
-        argument = module.origin(where, name) if name in known else None
-        if argument is not None and argument.arrays[0].size == array.size:
-            return argument.source or argument.name
-    return None
+    same = (a for a in arguments if a.arrays[0].size == array.size)
+    return next((_name(argument) for argument in same), None)
+
+
+def _name(argument: Instruction) -> str:
+    return argument.source or argument.name
 
 
 def _collectives(module: Module) -> Iterator[Collective]:
-    for _, instruction in module.running:
+    for where, instruction in module.running:
         # From jax 0.12 on a small one can be the only instruction of a fusion.
         for inner in module.body(instruction).values():
             opcode = inner.opcode.removesuffix("-start")
             if opcode in COLLECTIVES:
                 arrays = tuple(array for array, _ in module.results(inner))
-                yield Collective(opcode, arrays, inner.source)
+                yield Collective(opcode, arrays, inner.source, module.runs(where))
 
 
 def _loops(module: Module) -> Iterator[Loop]:
     for _, instruction in module.running:
         if instruction.opcode == "while":
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.attributes)
             yield Loop(
-                trip_count=int(trips[1]) if trips else None,
+                trip_count=instruction.trip_count,
                 body=instruction.attribute("body"),
                 source=instruction.source,
             )
+
+
+def _launches(module: Module) -> Iterator[Launch]:
+    for where, instruction in module.running:
+        if not is_free(instruction) and module.runs(where):
+            yield Launch(instruction.opcode, module.runs(where), instruction.source)

@@ -15,7 +15,7 @@ ROOT = Path(jaxllm.__file__).parent
 LEVELS = [
     # A file may import from its own level and those above. A folder speaks for all its
     # files; where both a folder and a file in it are named, the file's own place counts.
-    ["errors", "logs", "interrupts", "hlo", "compile_cache"],
+    ["errors", "logs", "interrupts", "hlo", "traffic", "thunks", "compile_cache"],
     ["keywords", "vllm_keywords", "config", "sampling_params", "pooling_params", "outputs"],
     ["prompts", "generation_defaults", "logit_rules", "text_stream", "truncation", "chat"],
     ["modeling.config", "devices", "sharding", "pallas_kernels", "tokenizer", "hub"],
@@ -24,7 +24,7 @@ LEVELS = [
     ["sequence", "flags", "stopping", "inputs", "buckets", "cache", "progress"],
     ["modeling", "scheduler", "batch", "sampler", "request_builder", "results"],
     ["programs", "runner", "demo", "support"],
-    ["engine", "loading", "plan"],
+    ["engine", "loading", "plan", "inspection"],
     ["llm"],
     ["terminal_chat"],
     ["", "sweep", "readme"],
@@ -62,6 +62,8 @@ HOST_FILES = [
     "sequence",
     "stopping",
     "text_stream",
+    "thunks",
+    "traffic",
     "vllm_keywords",
 ]
 """Files that hold no arrays of a device."""
