@@ -156,6 +156,13 @@ class Module:
             return {instruction.name: instruction}
         return self.computations[instruction.attribute("calls")]
 
+    def source(self, instruction: Instruction) -> str:
+        """Returns the path of an instruction, of a fusion that has none that of its last step."""
+        if instruction.source:
+            return instruction.source
+        paths = [inner.source for inner in self.body(instruction).values() if inner.source]
+        return paths[-1] if paths else ""
+
     def results(self, instruction: Instruction) -> list[tuple[Array, Instruction]]:
         """Returns what an instruction writes, and by what: inside, if it is a fusion."""
         arrays = instruction.arrays

@@ -337,6 +337,11 @@ def inspect(  # noqa: PLR0913
     wanted = Wanted(program=program, batch=batch, tokens=tokens, steps=steps, context=context)
     count = _number("devices", devices, None)
     hf = _config(model, hf_overrides, revision, hf_token)
+    if target is not None and target not in CARDS:
+        raise ConfigError(
+            f"target={target!r} is not known{nearest(str(target), CARDS)}. Use one of "
+            f"{sorted(CARDS)}, or leave it out for this machine."
+        )
     layout = preset("replicated") if count == 1 else preset("tensor", tensor=count)
     found = None if target is None else gpu_devices(target, count)
     sharder = Sharder(layout, make_mesh(layout, found))
@@ -435,6 +440,13 @@ def builder_of(
     engine = engine_config(wishes, length, dtype, device)
     config = with_length(config, length)
     model = abstract_model(config, family.build, dtype, sharder)
+    try:
+        weights = model.bytes_per_device()
+    except ValueError as error:
+        raise ConfigError(
+            f"devices={sharder.mesh.size} do not divide this model: {error}. Use a number that "
+            "divides its heads, its feed-forward width and its vocabulary."
+        ) from error
     on_cpu = device.platform == "cpu"
     fraction = DEFAULTS["cpu" if on_cpu else "gpu"]["memory_fraction"]
     shards = dict(sharder.mesh.shape).get("tensor", 1)
@@ -447,7 +459,7 @@ def builder_of(
         limit=int(CARDS[target].memory_bytes * fraction)
         if target
         else memory_limit(device, fraction),
-        weights=model.bytes_per_device(),
+        weights=weights,
         temp=temp if on_cpu else temp + autotune_bytes(model.largest_leaf_per_device()),
         token_bytes=token,
         cache_bytes=max(CPU_CACHE, sequence) if on_cpu else None,

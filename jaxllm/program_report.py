@@ -287,4 +287,5 @@ def _loops(module: Module) -> Iterator[Loop]:
 def _launches(module: Module) -> Iterator[Launch]:
     for where, instruction in module.running:
         if not is_free(instruction) and module.runs(where):
-            yield Launch(instruction.opcode, module.runs(where), instruction.source)
+            source = module.source(instruction)
+            yield Launch(instruction.opcode, module.runs(where), source)

@@ -46,7 +46,12 @@ ONE_ROW_AT_A_TIME = Tuning(
 TWO_BLOCKS_AT_ONCE = dataclasses.replace(
     ONE_ROW_AT_A_TIME, score_bytes=2 * BLOCK_Q * 6 * 32 * 4 + 1
 )
-TUNINGS = {**TUNING, "small groups": ONE_ROW_AT_A_TIME, "two blocks": TWO_BLOCKS_AT_ONCE}
+TUNINGS = {
+    **TUNING,
+    "small groups": ONE_ROW_AT_A_TIME,
+    "small groups, no loop": dataclasses.replace(ONE_ROW_AT_A_TIME, unrolled_groups=8),
+    "two blocks": TWO_BLOCKS_AT_ONCE,
+}
 
 
 @dataclasses.dataclass

@@ -70,6 +70,9 @@ class Tuning:
     as_bits: bool = False
     """Whether 16-bit floats are stored as uint16, bit for bit."""
 
+    unrolled_groups: int = 0
+    """Up to so many groups of rows are written out one by one; more are a loop."""
+
     def blocks_at_once(self, block_q: int, num_heads: int, num_keys: int) -> int:
         """Returns how many query blocks [block_q, H] with so many keys are computed together."""
         return max(1, min(MOST_BLOCKS, self.score_bytes // (block_q * num_heads * num_keys * 4)))
@@ -95,12 +98,14 @@ TUNING = {
     ),
     # PSKD: a token's heads are one contiguous row, written at once. A loop whose end is
     # data would make the host wait in each iteration, so unused blocks are run too.
+    # A loop cannot be part of a CUDA graph: in each layer it would split that of the step.
     "gpu": Tuning(
         order="PSKD",
         gather_bytes=64 << 20,
         dynamic_trips=False,
         score_bytes=256 << 20,
         upcast=False,
+        unrolled_groups=8,
     ),
 }
 

@@ -86,19 +86,27 @@ def attend_rows(
     while size % 2 == 0 and size * row_bytes > step.tuning.gather_bytes:
         size //= 2
 
-    def attend_group(i: jax.Array, out: jax.Array) -> jax.Array:
+    def attend_group(
+        i: int | jax.Array, out: jax.Array, table: jax.Array = step.page_table
+    ) -> jax.Array:
         # Results take the place of their queries; what `map` stacks them in would be made
         # for all layers at once.
-        queries, table, lens = (
-            jax.lax.dynamic_slice_in_dim(x, i * size, size)
-            for x in (out, step.page_table, step.kv_lens)
+        queries, tables, lens = (
+            jax.lax.dynamic_slice_in_dim(x, i * size, size) for x in (out, table, step.kv_lens)
         )
-        attended = _attend_rows(queries, table, lens, pages, step.tuning, spec)
+        attended = _attend_rows(queries, tables, lens, pages, step.tuning, spec)
         return jax.lax.dynamic_update_slice_in_dim(out, attended, i * size, axis=0)
 
     if size == num_rows:
         return _attend_rows(q, step.page_table, step.kv_lens, pages, step.tuning, spec)
-    return jax.lax.fori_loop(0, num_rows // size, attend_group, q)
+    if num_rows // size > step.tuning.unrolled_groups:
+        return jax.lax.fori_loop(0, num_rows // size, attend_group, q)
+    out, table = q, step.page_table
+    for i in range(num_rows // size):
+        # One group after the other, or the keys of all would be in memory at once.
+        out, table = jax.lax.optimization_barrier((out, table))
+        out = attend_group(i, out, table)
+    return out
 
 
 def _attend_rows(

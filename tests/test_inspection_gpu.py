@@ -1,0 +1,216 @@
+"""The compiled programs of a Qwen3-0.6B shape on GPUs that are not here, as `inspect` finds them.
+
+The cache fills the card, as it does in use: XLA compiles differently for a card it
+takes to be short of memory. With 28 layers (marked `slow`) and with 2, as what is
+done a layer must not depend on their number.
+"""
+
+import functools
+
+import pytest
+
+from jaxllm import Inspection, inspect, thunks
+from jaxllm.sharding.gpu_topology import CARDS, is_installed
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(not is_installed(), reason="needs the CUDA plugin of JAX: extra `aot`"),
+]
+
+MIB = 1 << 20
+ROWS, CONTEXT = 8, 1024
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "dtype": "bfloat16",
+    "head_dim": 128,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+}
+DTYPES = {"h200": "bfloat16", "a100": "bfloat16", "t4": "float16"}
+"""By card: sm90, sm80, sm75; what each computes in by default."""
+
+DECODES = {
+    "one step": {"program": "decode", "batch": ROWS},
+    "8 steps": {"program": "decode", "batch": ROWS, "steps": 8},
+}
+PREFILLS = {
+    "prefill": {"program": "prefill", "tokens": 512},
+    "mixed": {"program": "mixed", "tokens": 512, "batch": ROWS},
+}
+PROGRAMS = {**DECODES, **PREFILLS}
+SIZES = [pytest.param(2), pytest.param(28, marks=pytest.mark.slow)]
+
+card = pytest.mark.parametrize("card", DTYPES)
+layers = pytest.mark.parametrize("layers", SIZES)
+every = pytest.mark.parametrize("program", PROGRAMS)
+each_decode = pytest.mark.parametrize("program", DECODES)
+
+
+@functools.cache
+def inspected(card: str, layers: int, program: str, **more: int) -> Inspection:
+    config = {**QWEN3, "num_hidden_layers": layers, "max_window_layers": layers}
+    asked = {**PROGRAMS[program], **more}
+    name = asked.pop("program")
+    return inspect(config, name, target=card, **{"context": CONTEXT, **asked})
+
+
+@card
+@layers
+@every
+def test_the_cache_is_updated_in_its_own_memory(card, layers, program):
+    found = inspected(card, layers, program)
+
+    assert found.alias_bytes == found.state_bytes
+    assert found.dtype == DTYPES[card]
+    # Weights and cache fill the card to what LLM takes by default.
+    assert found.report.argument_bytes > 0.85 * CARDS[card].memory_bytes - 6e9
+
+
+@card
+@layers
+@every
+def test_neither_weights_nor_cache_nor_slices_of_them_are_copied(card, layers, program):
+    # In the entry or in the body of a loop, outside of fusions: no copy, convert, transpose.
+    assert inspected(card, layers, program).copies == ()
+
+
+@card
+@layers
+@every
+def test_weights_are_read_once_a_step(card, layers, program):
+    found = inspected(card, layers, program)
+
+    assert 0.99 * found.ideal.weights < found.weights_read <= 1.10 * found.ideal.weights
+
+
+@card
+@layers
+@each_decode
+def test_keys_and_values_are_read_and_written_once_a_step(card, layers, program):
+    found = inspected(card, layers, program)
+
+    # Gathered once; what is gathered is then written and read again, as other bytes.
+    assert found.cache_read == found.ideal.cache_read
+    assert found.cache_written == found.ideal.cache_written
+
+
+@card
+@layers
+@each_decode
+def test_a_step_is_one_cuda_graph(card, layers, program):
+    found = inspected(card, layers, program)
+
+    assert found.is_one_graph
+
+
+@card
+@layers
+def test_the_loop_over_steps_has_a_known_length_and_nothing_in_it_loops(card, layers):
+    assert [loop.trip_count for loop in inspected(card, layers, "8 steps").report.loops] == [8]
+    assert inspected(card, layers, "one step").report.loops == ()
+
+
+@card
+@layers
+@each_decode
+def test_temporaries_are_logits_activations_and_two_gathered_arrays(card, layers, program):
+    size = 2
+    gathered = ROWS * CONTEXT * QWEN3["num_key_value_heads"] * QWEN3["head_dim"] * size
+    logits = ROWS * QWEN3["vocab_size"] * 4
+    # The residual stream, qkv, gate and up with their product, scores: as if all were held.
+    widths = 4 * 1024 + (16 + 2 * 8) * 128 + 3 * 3072
+    activations = ROWS * widths * (size + 4) + 4 * ROWS * 16 * CONTEXT * 4
+    workspace = 4 * MIB  # cuBLASLt's, before Hopper
+
+    found = inspected(card, layers, program)
+
+    assert gathered < found.temp_bytes <= 2 * gathered + logits + activations + workspace
+
+
+@card
+@pytest.mark.parametrize("steps", [2, 32])
+def test_temporaries_are_the_same_for_every_number_of_steps(card, steps):
+    # What each step returns is kept for all: tokens, and whether they are any good.
+    kept = 16 * ROWS * steps
+
+    some = inspected(card, 2, "8 steps", steps=steps)
+
+    assert abs(some.temp_bytes - inspected(card, 2, "8 steps").temp_bytes) <= max(1024, kept)
+    assert some.is_one_graph
+
+
+@card
+@layers
+@every
+def test_the_bound_covers_the_temporaries(card, layers, program):
+    found = inspected(card, layers, program)
+
+    assert found.temp_bytes <= found.temp_bound
+
+
+@card
+@pytest.mark.slow
+def test_layers_cost_the_same_whatever_their_number(card):
+    two, many = (inspected(card, n, "8 steps") for n in (2, 28))
+
+    assert many.kernels_per_layer == pytest.approx(two.kernels_per_layer, abs=1)
+    assert many.temp_bytes <= two.temp_bytes + MIB
+
+
+@card
+@pytest.mark.slow
+def test_how_long_28_layers_take_to_compile(card, record_property):
+    found = inspected(card, 28, "8 steps")
+
+    record_property("compile_seconds", found.compile_seconds)
+    assert 0 < found.compile_seconds < 120
+
+
+@card
+def test_instructions_and_what_the_gpu_is_told_agree(card):
+    found = inspected(card, 2, "8 steps")
+    (loop,) = thunks.loops(found.thunks)
+    body = [launch for launch in found.report.launches if launch.runs == 8]
+
+    # A slice of a result that is copied by itself is one instruction, and one thunk.
+    assert len(list(loop.launches())) == len(body)
+
+
+@card
+def test_rows_in_groups_are_still_one_cuda_graph(card):
+    found = inspected(card, 2, "8 steps", batch=64)
+
+    assert found.is_one_graph
+    assert found.temp_bytes <= found.temp_bound
+    assert found.cache_read == found.ideal.cache_read
+
+
+def test_more_groups_than_are_written_out_loop_and_the_table_says_so():
+    found = inspected("h200", 2, "8 steps", batch=256, context=4096)
+
+    assert not found.is_one_graph
+    assert "CUDA graphs, between them kWhile" in found.rows["kernels"]
+
+
+def test_a_prefill_loops_over_its_query_blocks_between_graphs():
+    found = inspected("h200", 2, "prefill")
+    kinds = [thunk.kind for thunk in found.thunks]
+
+    assert kinds == ["kCommandBuffer", "kWhile", "kCommandBuffer", "kWhile", "kCommandBuffer"]
+    assert all(thunks.is_one_graph(loop.part("body")) for loop in thunks.loops(found.thunks))
+
+
+def test_tensor_parallel_devices_reduce_twice_a_layer():
+    found = inspected("h200", 2, "8 steps", devices=8)
+
+    assert found.weights_read <= 1.10 * found.ideal.weights
+    assert found.rows["collectives"].startswith("5 all-reduce")
+    assert found.copies == ()
