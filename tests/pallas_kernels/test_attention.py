@@ -40,12 +40,18 @@ STEPS = {
 }
 
 ONE_ROW_AT_A_TIME = Tuning(
-    order="KPSD", gather_bytes=1, dynamic_trips=True, score_bytes=0, upcast=True
+    order="KPSD",
+    gather_bytes=1,
+    dynamic_trips=True,
+    score_bytes=0,
+    keys_at_once=2 * PAGE_SIZE,
+    upcast=True,
 )
 # With two of 4 x 6 x 32 scores at once, so that a group has blocks of two rows, or an unused one.
 TWO_BLOCKS_AT_ONCE = dataclasses.replace(
-    ONE_ROW_AT_A_TIME, score_bytes=2 * BLOCK_Q * 6 * 32 * 4 + 1
+    ONE_ROW_AT_A_TIME, score_bytes=2 * BLOCK_Q * 6 * 32 * 4 + 1, keys_at_once=0
 )
+IN_PARTS = dataclasses.replace(TWO_BLOCKS_AT_ONCE, keys_at_once=1)
 TUNINGS = {
     **TUNING,
     "small groups": ONE_ROW_AT_A_TIME,

@@ -64,6 +64,10 @@ class Tuning:
     score_bytes: int
     """Most bytes of the scores of query blocks that are computed together; 0: one at a time."""
 
+    keys_at_once: int
+    """Keys of a query block in one round of a loop that ends with the last one that is seen;
+    0: all, which wants no loop whose end is data."""
+
     upcast: bool
     """Whether 16-bit operands become float32 before a product."""
 
@@ -93,6 +97,8 @@ TUNING = {
         gather_bytes=1 << 19,
         dynamic_trips=True,
         score_bytes=0,
+        # Three to four times as fast as all keys at once (64 queries, 9 heads; 512 keys).
+        keys_at_once=64,
         upcast=True,
         as_bits=True,
     ),
@@ -104,6 +110,7 @@ TUNING = {
         gather_bytes=64 << 20,
         dynamic_trips=False,
         score_bytes=256 << 20,
+        keys_at_once=0,
         upcast=False,
         unrolled_groups=8,
     ),

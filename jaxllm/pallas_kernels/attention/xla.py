@@ -177,9 +177,8 @@ def attend_blocks(
             return jnp.stack(cuts)  # [blocks, Q, ...]
 
         table, lens = step.page_table[row], step.kv_lens[row]
-        attended = _attend_blocks(
-            cut(q_padded), cut(positions), table, lens, pages, step.tuning, spec
-        )
+        attend = _attend_in_parts if step.tuning.keys_at_once else _attend_blocks
+        attended = attend(cut(q_padded), cut(positions), table, lens, pages, step.tuning, spec)
         for at, block in zip(start, attended, strict=True):
             out = jax.lax.dynamic_update_slice_in_dim(out, block, at, axis=0)
         return out
@@ -213,6 +212,60 @@ def _attend_blocks(
     probs = jax.nn.softmax(jnp.where(_spread(seen, "bqc", "bkgqc"), scores, MASKED), axis=-1)
     values = jnp.where(_spread(at[None, :] < kv_lens[:, None], "bc", kv), values, 0)
     out = product(f"bkgqc,{kv}->bqkgd", probs, values, upcast=tuning.upcast)
+    return out.astype(q.dtype).reshape(q.shape)
+
+
+def _attend_in_parts(
+    q: jax.Array,
+    query_at: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    pages: tuple[jax.Array, ...],
+    tuning: Tuning,
+    spec: AttentionSpec,
+) -> jax.Array:
+    """As `_attend_blocks`, some keys at a time and none that no query sees.
+
+    The softmax is Milakov and Gimelshein's (arXiv:1805.02867): a running maximum, and
+    sums that are scaled whenever it grows.
+    """
+    kv, _ = LETTERS[tuning.order]
+    num_blocks, block_q, _, head_dim = q.shape
+    num_kv_heads = pages[0].shape[tuning.order.index("K")]
+    size = tuning.keys_at_once
+    per_part = max(1, size // pages[0].shape[tuning.order.index("S")])
+    size = per_part * pages[0].shape[tuning.order.index("S")]
+    table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % per_part)))
+    # [blocks, K, G * Q, D]: products of matrices as they lie, with no transposed result.
+    scaled = q.astype(jnp.float32) * spec.scale
+    queries = scaled.reshape(num_blocks, block_q, num_kv_heads, -1, head_dim)
+    queries = queries.transpose(0, 2, 3, 1, 4).reshape(num_blocks, num_kv_heads, -1, head_dim)
+
+    def attend_part(i: jax.Array, carry: tuple) -> tuple:
+        highest, total, out = carry
+        held = jax.lax.dynamic_slice_in_dim(table, i * per_part, per_part, axis=1)
+        keys, values = (gather(p, held, tuning.order, q.dtype) for p in pages)
+        scores = product(f"bkmd,{kv}->bkmc", queries, keys, upcast=tuning.upcast)
+        scores = capped(scores, spec.softcap)
+        at = i * size + jnp.arange(size, dtype=jnp.int32)
+        seen = _visible(
+            at[None, None, :], query_at[:, :, None], kv_lens[:, None, None], spec.window
+        )  # [blocks, Q, C]
+        by_query = scores.reshape(num_blocks, num_kv_heads, -1, block_q, size)
+        scores = jnp.where(_spread(seen, "bqc", "bkgqc"), by_query, MASKED).reshape(scores.shape)
+        higher = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
+        probs, rest = jnp.exp(scores - higher), jnp.exp(highest - higher)
+        values = jnp.where(_spread(at[None, :] < kv_lens[:, None], "bc", kv), values, 0)
+        added = product(f"bkmc,{kv}->bkmd", probs, values, upcast=tuning.upcast)
+        return higher, total * rest + jnp.sum(probs, axis=-1, keepdims=True), out * rest + added
+
+    last = jnp.minimum(jnp.max(kv_lens), jnp.max(query_at) + 1)
+    first = 0 if spec.window is None else jnp.maximum(0, jnp.min(query_at) + 1 - spec.window)
+    highest = jnp.full((*queries.shape[:3], 1), MASKED, jnp.float32)
+    carry = (highest, jnp.zeros_like(highest), jnp.zeros(queries.shape, jnp.float32))
+    _, total, out = jax.lax.fori_loop(first // size, -(-last // size), attend_part, carry)
+    out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)  # of padding, nothing was summed
+    out = out.reshape(num_blocks, num_kv_heads, -1, block_q, head_dim).transpose(0, 3, 1, 2, 4)
     return out.astype(q.dtype).reshape(q.shape)
 
 
