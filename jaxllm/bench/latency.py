@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxllm.bench.report import Chart
-from jaxllm.bench.setting import Setting, engine_rows, loaded
+from jaxllm.bench.setting import Setting, counted, engine_rows, loaded, setting_of
 from jaxllm.bench.summary import Summary, number, summary
 from jaxllm.bench.trace import Trace, run
 from jaxllm.bench.workload import Sizes, Workload, at_least
@@ -126,10 +126,10 @@ def measure_latency(
     at_least("num-iters", num_iters, 1)
     at_least("num-iters-warmup", num_iters_warmup, 0)
     options = {"max_model_len": sizes.longest, **(llm_options or {})}
-    with loaded(model, options) as (llm, setting):
+    with loaded(model, options) as llm:
         vocab_size = llm._plan.config.vocab_size
-        for i in range(num_iters_warmup):
+        for i in counted(num_iters_warmup, "Warm-up"):
             run(llm, sizes.draw(vocab_size, seed=num_iters + i))
         workloads = [sizes.draw(vocab_size, seed) for seed in range(num_iters)]
-        traces = tuple(run(llm, workload) for workload in workloads)
-    return LatencyResult(setting, workloads[0], traces)
+        traces = tuple(run(llm, workloads[i]) for i in counted(num_iters, "Iterations"))
+    return LatencyResult(setting_of(model, llm), workloads[0], traces)

@@ -1,17 +1,19 @@
 """What was measured on what: the same for every benchmark of one loaded model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+from tqdm.auto import tqdm
 
 from jaxllm.bench.roofline import Machine, ModelWork, measure_machine, model_work
 from jaxllm.bench.shapes import model_folder
 from jaxllm.bench.trace import Trace
 from jaxllm.bench.workload import Workload
 from jaxllm.llm import LLM
+from jaxllm.logs import shows_progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,8 @@ class Setting:
 
 
 @contextmanager
-def loaded(model: str, llm_options: Mapping[str, Any]) -> Iterator[tuple[LLM, Setting]]:
-    """A model with random weights, unless the options say otherwise, and its setting.
+def loaded(model: str, llm_options: Mapping[str, Any]) -> Iterator[LLM]:
+    """A model with random weights, unless the options say otherwise.
 
     Args:
         model: A name in `SHAPES`, a folder with a config.json, or a hub id.
@@ -52,9 +54,24 @@ def loaded(model: str, llm_options: Mapping[str, Any]) -> Iterator[tuple[LLM, Se
     """
     given = {"load_format": "dummy", "skip_tokenizer_init": True, "enable_prefix_caching": False}
     with model_folder(model) as folder, LLM(folder, **(given | dict(llm_options))) as llm:
-        plan = llm._plan
-        machine = measure_machine(plan.engine.dtype, num_devices=len(plan.devices))
-        yield llm, Setting(model, plan.engine.dtype, model_work(plan), machine)
+        yield llm
+
+
+def setting_of(model: str, closed: LLM) -> Setting:
+    """Returns what was measured, and measures the machine.
+
+    Args:
+        model: Its name for a reader.
+        closed: The model after its work: its memory is needed.
+    """
+    plan = closed._plan
+    machine = measure_machine(plan.engine.dtype, num_devices=len(plan.devices))
+    return Setting(model, plan.engine.dtype, model_work(plan), machine)
+
+
+def counted(num: int, what: str) -> Iterable[int]:
+    """Returns `range(num)`, with a progress bar where one is wanted."""
+    return tqdm(range(num), desc=what, leave=False, disable=not shows_progress())
 
 
 def engine_rows(traces: list[Trace]) -> list[tuple[str, str]]:

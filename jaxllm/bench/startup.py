@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.bench.report import Chart
+from jaxllm.bench.setting import counted
 from jaxllm.bench.shapes import model_folder
 from jaxllm.bench.summary import Summary, summary
 from jaxllm.bench.workload import Sizes, at_least
@@ -166,11 +167,11 @@ def measure_startup(
         def start(cache: str) -> Startup:
             return _start(spec, Path(caches) / cache)
 
-        cold = tuple(start(f"cold{i}") for i in range(num_iters_cold))
+        cold = tuple(start(f"cold{i}") for i in counted(num_iters_cold, "Cold starts"))
         full = f"cold{num_iters_cold - 1}" if cold else "warm"
-        for _ in range(num_iters_warmup):
+        for _ in counted(num_iters_warmup, "Warm-up"):
             start(full)
-        warm = tuple(start(full) for _ in range(num_iters_warm))
+        warm = tuple(start(full) for _ in counted(num_iters_warm, "Warm starts"))
     return StartupResult(model, input_len, cold, warm)
 
 

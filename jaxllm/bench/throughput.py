@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxllm.bench.report import Chart
-from jaxllm.bench.setting import Setting, engine_rows, loaded
+from jaxllm.bench.setting import Setting, counted, engine_rows, loaded, setting_of
 from jaxllm.bench.summary import Summary, number, summary
 from jaxllm.bench.trace import Trace, run
 from jaxllm.bench.workload import Sizes, Workload, at_least
@@ -134,10 +134,10 @@ def measure_throughput(
     sizes = Sizes(count, input_len, output_len, range_ratio)
     at_least("num-warmups", num_warmups, 0)
     options = {"max_model_len": sizes.longest, **(llm_options or {})}
-    with loaded(model, options) as (llm, setting):
+    with loaded(model, options) as llm:
         vocab_size = llm._plan.config.vocab_size
-        for i in range(num_warmups):
+        for i in counted(num_warmups, "Warm-up"):
             run(llm, sizes.draw(vocab_size, seed=1 + i))
         workload = sizes.draw(vocab_size, seed=0)
         trace = run(llm, workload)
-    return ThroughputResult(setting, workload, trace)
+    return ThroughputResult(setting_of(model, llm), workload, trace)

@@ -13,9 +13,13 @@ from jaxllm.bench.roofline import Machine, measure_machine
 from jaxllm.bench.startup import Startup, StartupResult
 from jaxllm.cli import main
 
-SMALL = ["--input-len", "6", "--output-len", "4", "--max-num-seqs", "4"]
-LATENCY = ["bench", "latency", *SMALL, "--batch-size", "3", "--num-iters", "2"]
-THROUGHPUT = ["bench", "throughput", *SMALL, "--num-prompts", "9", "--range-ratio", "0.5"]
+SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 24, "max_model_len": 16}
+"""One engine for all tests here, so that its programs are compiled once."""
+
+OPTIONS = ["--input-len", "6", "--output-len", "4"]
+OPTIONS += [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+LATENCY = ["bench", "latency", *OPTIONS, "--batch-size", "4", "--num-iters", "2"]
+THROUGHPUT = ["bench", "throughput", *OPTIONS, "--num-prompts", "8"]
 
 
 @pytest.fixture
@@ -38,14 +42,14 @@ def test_latency_prints_a_table_and_writes_every_figure(checkpoints, tmp_path, c
 
     shown, found = capsys.readouterr().out, json.loads(path.read_text())
     assert status == 0
-    assert "3 prompts, 6 tokens in, 4 out; 2 iterations" in shown
+    assert "4 prompts, 6 tokens in, 4 out; 2 iterations" in shown
     assert "compiled meanwhile" not in shown
     assert len(found["latencies"]) == 2
     assert found["avg_latency"] == pytest.approx(sum(found["latencies"]) / 2)
     assert found["percentiles"].keys() >= {"50", "90", "99"}
-    assert len(found["first_token_seconds"]["values"]) == 6
+    assert len(found["first_token_seconds"]["values"]) == 8
     assert 0 < found["first_token_seconds"]["mean"] < found["avg_latency"]
-    assert found["output_tokens_per_second"] == pytest.approx(12 / found["avg_latency"])
+    assert found["output_tokens_per_second"] == pytest.approx(16 / found["avg_latency"])
     assert 0 < found["roofline_share"] < 1
     assert all(run["num_steps"] == 4 for run in found["iterations"])
     assert all(run["num_compiled"] == 0 for run in found["iterations"])
@@ -62,20 +66,21 @@ def test_throughput_prints_a_table_and_writes_every_figure(checkpoints, tmp_path
     shown, found = capsys.readouterr().out, json.loads(path.read_text())
     tokens = found["num_input_tokens"] + found["num_output_tokens"]
     assert status == 0
-    assert "9 prompts" in shown
-    assert found["num_requests"] == 9
+    assert "8 prompts, 48 tokens in, 32 out" in shown
+    assert found["num_requests"] == 8
     assert found["total_num_tokens"] == tokens
     assert found["tokens_per_second"] == pytest.approx(tokens / found["elapsed_time"])
-    assert found["requests_per_second"] == pytest.approx(9 / found["elapsed_time"])
+    assert found["requests_per_second"] == pytest.approx(8 / found["elapsed_time"])
     assert 0 < max(found["first_token_seconds"]["values"]) < found["elapsed_time"]
-    assert found["engine"]["num_tokens"] == tokens - 9  # a last token is not computed
+    assert found["engine"]["num_tokens"] == tokens - 8  # a last token is not computed
 
 
 @pytest.mark.usefixtures("_quick_machine")
 def test_a_run_that_compiles_says_so(checkpoints):
-    sizes = {"input_len": 6, "output_len": 2, "batch_size": 1, "num_iters": 1}
+    sizes = {"input_len": 6, "output_len": 2, "batch_size": 4, "num_iters": 1}
+    model = str(checkpoints("llama"))
 
-    result = measure_latency(str(checkpoints("llama")), **sizes, num_iters_warmup=0)
+    result = measure_latency(model, **sizes, num_iters_warmup=0, llm_options=SMALL)
 
     assert "counted above" in dict(result.rows())["compiled meanwhile"]
     assert repr(result).startswith("LatencyResult('")
@@ -125,7 +130,7 @@ def test_a_wrong_option_is_a_sentence(arguments, message, capsys):
 
 
 def test_a_child_says_how_long_each_phase_took(checkpoints):
-    options = {"load_format": "dummy", "skip_tokenizer_init": True, "max_num_seqs": 2}
+    options = {"load_format": "dummy", "skip_tokenizer_init": True, **SMALL}
     spec = {"model": str(checkpoints("llama")), "llm_options": options, "input_len": 8}
 
     found = Startup(**startup_child.start({**spec, "born": time.time() - 5}))
