@@ -240,7 +240,7 @@ def start_times(shape):
     """Seconds from imports to a model and to its first token: nothing compiled, then all."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
+        write_config(shape, Path(folder))
         for name in ("cold", "warm"):
             done = subprocess.run(
                 [sys.executable, "-c", START, folder],

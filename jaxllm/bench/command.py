@@ -41,6 +41,8 @@ LLM_OPTIONS = (
     _option("--block-size", int, None, "tokens in a page of the cache"),
     _option("--gpu-memory-utilization", float, None, "share of the memory to use"),
     _option("--kv-cache-memory-bytes", int, None, "size of the cache"),
+    _option("--async-scheduling", bool, None, "launch steps ahead of results; the default"),
+    _option("--enable-prefix-caching", bool, None, "find past prompts again; not the default here"),
 )
 """Keywords of `LLM`; those that are not given are left to it, or to the benchmark."""
 
@@ -104,9 +106,10 @@ def add_commands(bench: argparse.ArgumentParser) -> None:
             )
         engine = parser.add_argument_group("engine")
         for option in LLM_OPTIONS:
-            engine.add_argument(
-                *option.names, type=option.kind, default=argparse.SUPPRESS, help=option.help
-            )
+            how: dict[str, Any] = {"type": option.kind}
+            if option.kind is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            engine.add_argument(*option.names, default=argparse.SUPPRESS, help=option.help, **how)
         parser.add_argument("--output-json", help="a file for every figure")
         parser.add_argument("--plot", help="a file for a plot: .png, .pdf or .svg")
 

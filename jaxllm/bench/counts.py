@@ -17,11 +17,14 @@ class Counts:
     num_padded_tokens: int = 0
     """Tokens of the programs' shapes that were padding."""
 
+    num_ahead: int = 0
+    """Steps that were launched before the results of the step before were known."""
+
     host_seconds: float = 0.0
     """Spent outside the programs: planning, packing, applying."""
 
     step_seconds: float = 0.0
-    """Spent inside of them."""
+    """Spent on launching programs, and on waiting for their results."""
 
     num_preemptions: int = 0
     num_compiled: int = 0

@@ -77,12 +77,14 @@ def counted(num: int, what: str) -> Iterable[int]:
 def engine_rows(traces: list[Trace]) -> list[tuple[str, str]]:
     """Returns the lines of the table that the engine's own counts give."""
     steps = sum(t.counts.num_steps for t in traces)
+    ahead = sum(t.counts.num_ahead for t in traces)
     host = sum(t.counts.host_seconds for t in traces)
     tokens = sum(t.counts.num_tokens for t in traces)
     padded = sum(t.counts.num_padded_tokens for t in traces)
     compiled = sum(t.counts.num_compiled for t in traces)
     rows = [
-        ("host, ms a step", f"{1e3 * host / max(1, steps):.3f}   ({steps} steps)"),
+        ("steps", f"{steps:,}, of which {ahead:,} were launched ahead"),
+        ("host, ms a step", f"{1e3 * host / max(1, steps):.3f}"),
         ("padding waste", f"{padded / max(1, tokens + padded):.1%} of the tokens computed"),
     ]
     if compiled:

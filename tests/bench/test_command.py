@@ -53,6 +53,7 @@ def test_latency_prints_a_table_and_writes_every_figure(checkpoints, tmp_path, c
     assert 0 < found["roofline_share"] < 1
     assert all(0 < run["num_steps"] <= 4 for run in found["iterations"])
     assert all(run["num_compiled"] == 0 for run in found["iterations"])
+    assert all(run["num_ahead"] > 0 for run in found["iterations"])
     assert all(run["host_seconds"] > 0 for run in found["iterations"])
     assert all(0 <= run["padding_waste"] < 1 for run in found["iterations"])
 
@@ -61,7 +62,8 @@ def test_latency_prints_a_table_and_writes_every_figure(checkpoints, tmp_path, c
 def test_throughput_prints_a_table_and_writes_every_figure(checkpoints, tmp_path, capsys):
     path = tmp_path / "out.json"
 
-    status = main([*THROUGHPUT, "--model", str(checkpoints("llama")), "--output-json", str(path)])
+    arguments = ["--model", str(checkpoints("llama")), "--no-async-scheduling"]
+    status = main([*THROUGHPUT, *arguments, "--output-json", str(path)])
 
     shown, found = capsys.readouterr().out, json.loads(path.read_text())
     tokens = found["num_input_tokens"] + found["num_output_tokens"]
@@ -72,6 +74,7 @@ def test_throughput_prints_a_table_and_writes_every_figure(checkpoints, tmp_path
     assert found["tokens_per_second"] == pytest.approx(tokens / found["elapsed_time"])
     assert found["requests_per_second"] == pytest.approx(8 / found["elapsed_time"])
     assert 0 < max(found["first_token_seconds"]["values"]) < found["elapsed_time"]
+    assert found["engine"]["num_ahead"] == 0
     assert found["engine"]["num_tokens"] >= found["num_input_tokens"]
 
 
