@@ -27,42 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.bench.shapes import write_config
 from jaxllm.flags import SamplingFlags
 from jaxllm.hub import DEMO
 from jaxllm.inputs import buffer_size, fields, pack
 from jaxllm.programs import ProgramKey
 
-SHAPES = {
-    "qwen3-0.6b": {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-    },
-}
+SHAPES = ("qwen3-0.6b", "llama-3.1-8b")
 CONTEXT = 1024
 PROMPTS = [
     "import os\n",
@@ -269,7 +240,7 @@ def start_times(shape):
     """Seconds from imports to a model and to its first token: nothing compiled, then all."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
+        write_config(shape, Path(folder))
         for name in ("cold", "warm"):
             done = subprocess.run(
                 [sys.executable, "-c", START, folder],
@@ -287,7 +258,7 @@ def start_times(shape):
 def time_model(shape, bandwidth, rate):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
+        write_config(shape, Path(folder))
         start = time.perf_counter()
         llm = LLM(
             folder,

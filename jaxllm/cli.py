@@ -14,6 +14,8 @@ DEMO_NOTE = (
 
 def parser() -> argparse.ArgumentParser:
     """Returns the command line's grammar."""
+    from jaxllm.bench.command import add_commands
+
     top = argparse.ArgumentParser(prog="jaxllm", description="LLM inference in JAX.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -39,6 +41,10 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     chat.add_argument("--max-model-len", type=int, help="most tokens of a conversation")
     chat.set_defaults(run=run_chat)
+
+    bench = commands.add_parser("bench", help="measure latency, throughput or start")
+    add_commands(bench)
+    bench.set_defaults(run=run_bench)
 
     models = commands.add_parser("models", help="list the architectures that can be loaded")
     models.set_defaults(run=run_models)
@@ -84,6 +90,13 @@ def run_chat(args: argparse.Namespace) -> None:
 
 def _write(text: str) -> None:
     print(text, end="", flush=True)
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    """Runs a benchmark and prints its table."""
+    from jaxllm.bench import command
+
+    print(command.run(args))
 
 
 def run_models(args: argparse.Namespace) -> None:

@@ -1,0 +1,87 @@
+"""What `benchmarks/beside_peers.py` makes of the figures of its processes."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "beside_peers.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("beside_peers", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def record(engine, dtype="float32", ids=None, **figures):
+    made = {"engine": engine, "shape": "opt-125m", "dtype": dtype, "figures": figures}
+    return made if ids is None else {**made, "ids": ids}
+
+
+def test_a_ratio_above_one_means_that_we_are_better(script):
+    assert script.better_by("batch_tok_s", 30.0, 10.0) == 3
+    assert script.better_by("warm_s", 2.0, 10.0) == 5
+    assert script.better_by("rss_gib", 4.0, 2.0) == 0.5
+
+
+def test_figures_are_medians_over_rounds(script):
+    records = [record("vllm", warm_s=s) for s in (3.0, 1.0, 2.0)]
+
+    found = script.medians(records, "vllm", "opt-125m", "float32")
+
+    assert found == {"warm_s": (2.0, 1.0, 3.0, 3)}
+    assert script.cell(found["warm_s"]) == "2.00 (1.00..3.00)"
+
+
+def test_the_report_has_ratios_the_best_types_and_equal_tokens(script, capsys):
+    ids = [[1, 2], [3, 4]]
+    records = [
+        record("jaxllm", batch_tok_s=20.0, ids=ids),
+        record("jaxllm", "bfloat16", batch_tok_s=10.0),
+        record("vllm", batch_tok_s=10.0, ids=[[1, 2], [3, 5]]),
+        record("vllm", "bfloat16", batch_tok_s=40.0),
+    ]
+
+    script.report(records)
+
+    shown = capsys.readouterr().out
+    rows = [line for line in shown.splitlines() if line.startswith("| batch_tok_s")]
+    assert [row.split(" | ")[-1] for row in rows] == ["2.00x |", "0.25x |", "0.50x |"]
+    assert "vllm 1 of 2 prompts." in shown
+
+
+def test_no_round_prints_what_the_file_has(tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text(json.dumps([record("jaxllm", cold_s=5.0)]))
+
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--rounds", "0", "--json", path],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert "| cold_s | 5.00 |" in done.stdout
+
+
+def test_an_engine_without_its_python_is_a_sentence():
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--engines", "vllm"], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 1
+    assert "--vllm-python is None. Give the path of one" in done.stderr
+
+
+def test_prompts_are_those_of_the_seed(script):
+    one, other = (script.prompts(64, 32, 256, seed) for seed in (1, 2))
+
+    assert one == script.prompts(64, 32, 256, 1)
+    assert one != other
+    assert {min(map(len, one)) >= 32, max(map(len, one)) <= 256} == {True}
