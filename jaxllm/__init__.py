@@ -28,6 +28,7 @@ from jaxllm.sampling_params import (
     RequestOutputKind,
     SamplingParams,
 )
+from jaxllm.sharding.layouts import Layout
 from jaxllm.support import Support, supports
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "FamilyImportError",
     "FlatLogprobs",
     "JaxLLMError",
+    "Layout",
     "Logprob",
     "NonFiniteError",
     "RepetitionDetectionParams",

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from jaxllm import compile_cache, vllm_keywords
@@ -47,9 +48,8 @@ from jaxllm.sampling_params import (
     as_integer,
 )
 from jaxllm.sequence import Request
-from jaxllm.sharding import layouts
 from jaxllm.sharding.apply import Sharder
-from jaxllm.sharding.mesh import make_mesh
+from jaxllm.sharding.choice import LayoutLike, sharders
 from jaxllm.tokenizer import encode, load_tokenizer
 
 logger = logging.getLogger("jaxllm")
@@ -68,6 +68,13 @@ class LLM(metaclass=ExplainsKeywords):
         tokenizer: Another hub id or folder for the tokenizer; the model's by default.
         tokenizer_mode: "auto" or "hf", or "slow" for the tokenizer in pure Python.
         skip_tokenizer_init: Load no tokenizer: prompts are token ids, texts are "".
+        tensor_parallel_size: Devices that share one copy of the model; 1 by default.
+        data_parallel_size: Copies of the model, each on devices of its own, that work on
+            one list of prompts; 1 by default.
+        layout: What is split over which devices: "tensor" (the default for several),
+            "tensor_replicated_vocab", "tensor_2d", "sequence", "replicated"; a `Layout`,
+            a dict of one, or a JSON file.
+        devices: Ids, or devices of JAX; the first ones by default.
         dtype: "auto", "float32", "bfloat16" or "float16" ("half"). "auto" is
             float32 on CPU, and on a GPU the checkpoint's 16-bit type that the card has.
         seed: Of the generator that draws the seed of each unseeded request.
@@ -124,6 +131,10 @@ class LLM(metaclass=ExplainsKeywords):
         tokenizer: str | Path | None = None,
         tokenizer_mode: str = "auto",
         skip_tokenizer_init: bool = False,
+        tensor_parallel_size: int | None = None,
+        data_parallel_size: int | None = None,
+        layout: LayoutLike | None = None,
+        devices: Sequence[int | jax.Device] | None = None,
         dtype: str = "auto",
         seed: int = 0,
         revision: str | None = None,
@@ -176,8 +187,7 @@ class LLM(metaclass=ExplainsKeywords):
         reserve_memory(gpu_memory_utilization or DEFAULTS["gpu"]["memory_fraction"])
         wanted = WITHOUT_WEIGHTS if load_format == "dummy" else PATTERNS
         folder = local_folder(model, revision, hf_token, download_dir, wanted)
-        layout = layouts.preset("replicated")
-        sharder = Sharder(layout, make_mesh(layout))
+        sharder, *_others = sharders(layout, tensor_parallel_size, data_parallel_size, devices)
         plan = plan_load(folder, wishes, sharder, load_format, hf_overrides)
         self._defaults = default_sampling_params(
             generation_config_of(folder, generation_config), override_generation_config or {}
@@ -207,6 +217,8 @@ class LLM(metaclass=ExplainsKeywords):
         builder = ProgramBuilder(plan.model, plan.engine, sharder, plan.memory.num_pages)
         self._engine = Engine(ModelRunner(builder, params))
         logger.info("%s", _summary(self._name, plan, sharder, time.perf_counter() - start))
+        for note in plan.notes:
+            logger.warning("%s.", note)
 
     @classmethod
     def _translate_keywords(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
