@@ -145,8 +145,17 @@ def plan_load(
     sharder: Sharder,
     load_format: LoadFormat,
     overrides: registry.Overrides | None = None,
+    others: Sequence[Sharder] = (),
 ) -> Plan:
     """Reads configs and headers, and decides everything; allocates nothing.
+
+    Args:
+        folder: Of the checkpoint.
+        wishes: What the caller asked for.
+        sharder: Of the engine.
+        load_format: As for `LLM`.
+        overrides: As for `LLM`.
+        others: Of further engines, whose devices must have as much room.
 
     Raises:
         CheckpointError: The folder is no checkpoint, or does not fit its config.
@@ -182,7 +191,7 @@ def plan_load(
     config = with_length(config, length)
     model = abstract_model(config, family.build, dtype, sharder)
     sources = weights.match(model, checkpoint, family.WEIGHTS, ignored) if checkpoint else []
-    memory = _plan_memory(wishes, config, engine, model, device, sharder)
+    memory = _plan_memory(wishes, config, engine, model, [sharder, *others])
     if memory.max_model_len != length:  # rotations may depend on it; no shape does
         engine = replace(engine, max_model_len=memory.max_model_len)
         config = with_length(config, memory.max_model_len)
@@ -318,22 +327,22 @@ def _plan_memory(
     config: ModelConfig,
     engine: EngineConfig,
     model: AbstractModel,
-    device: jax.Device,
-    sharder: Sharder,
+    where: Sequence[Sharder],
 ) -> MemoryPlan:
+    devices = [device for sharder in where for device in sharder.mesh.devices.flat]
+    device, layout = devices[0], where[0].layout
     on_cpu = device.platform == "cpu"
     fraction = wishes.memory_fraction
-    most = memory_limit(device, 1.0)
+    sharing = len(devices) if on_cpu else 1  # whose devices have one memory
+    most = memory_limit(device, 1.0) // sharing
     if wishes.cache_bytes is not None and wishes.cache_bytes > most:
         raise ConfigError(
             f"kv_cache_memory_bytes={wishes.cache_bytes} is more than the {most} bytes of memory "
             "that there are. Use fewer, or leave it out."
         )
-    in_use = max(memory_in_use(device) for device in sharder.mesh.devices.flat)
-    limit = memory_limit(
-        device, fraction or DEFAULTS["cpu" if on_cpu else "gpu"]["memory_fraction"]
-    )
-    layout = sharder.layout
+    in_use = max(map(memory_in_use, devices))
+    fraction_used = fraction or DEFAULTS["cpu" if on_cpu else "gpu"]["memory_fraction"]
+    limit = memory_limit(device, fraction_used) // sharing
     token_bytes = bytes_per_token(model.cache_specs, engine.dtype) // layout.split("kv_heads")
     weight_bytes = model.bytes_per_device()
     if weight_bytes > most:  # kv_cache_memory_bytes does not ask what else there is

@@ -8,12 +8,13 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jaxllm.cache.spec import CacheSpec
@@ -51,6 +52,12 @@ class Leaf:
     padding: int = 0
     """Rows of zeros at the end of the first axis, which no tensor has."""
 
+    def on(self, sharder: Sharder) -> "Leaf":
+        """Returns the same parameter on other devices of the same layout."""
+        there = NamedSharding(sharder.mesh, cast("NamedSharding", self.shape.sharding).spec)
+        shape = jax.ShapeDtypeStruct(self.shape.shape, self.shape.dtype, sharding=there)
+        return replace(self, shape=shape)
+
     @property
     def is_scale(self) -> bool:
         """Whether it is the factor of a norm."""
@@ -83,6 +90,10 @@ class AbstractModel:
     def merge(self, params: Sequence[jax.Array]) -> Decoder:
         """Returns the module over these parameters, one for each leaf, in order."""
         return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, params))
+
+    def on(self, sharder: Sharder) -> "AbstractModel":
+        """Returns the same model on other devices."""
+        return replace(self, leaves=tuple(leaf.on(sharder) for leaf in self.leaves))
 
     @property
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -124,10 +124,10 @@ def find_devices(given: Sequence[int | jax.Device] | None, layout: Layout) -> li
 def _device(given: Any, known: Mapping[int, jax.Device]) -> jax.Device:
     if isinstance(given, jax.Device):
         return given
-    found = known.get(as_integer(given))
-    if found is None:
+    number = as_integer(given)
+    if number is None or number not in known:
         raise ConfigError(f"devices names {given!r}, and JAX has {sorted(known)}. Name those.")
-    return found
+    return known[number]
 
 
 def _ids(devices: Sequence[jax.Device]) -> list[int]:

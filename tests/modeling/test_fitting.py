@@ -5,8 +5,10 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxllm import ConfigError, Layout
+from jaxllm.demo.export import to_checkpoint
 from jaxllm.modeling import registry
 from jaxllm.modeling.abstract import abstract_model, init_params
 from jaxllm.modeling.fitting import Fit, fit
@@ -141,6 +143,19 @@ def test_padding_is_zeros_behind_the_vocabulary(checkpoints):
             assert not np.asarray(got[want.shape[0] :]).any()
     assert sum(leaf.padding > 0 for leaf in plan.model.leaves) == 2
     assert whole.model.num_logits == 101
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
+def test_what_was_read_into_a_layout_is_written_as_it_was(checkpoints, family):
+    folder = checkpoints(family)
+    plan, params = load(folder, *sharders("tensor", 4))
+
+    written = to_checkpoint(plan.model, params, plan.family.WEIGHTS)
+
+    wanted = load_file(folder / "model.safetensors")
+    assert written.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(written[name], value)
 
 
 def test_dummy_weights_do_not_depend_on_the_layout():
