@@ -19,6 +19,7 @@ SMALL = {
     "use_tqdm_on_load": False,
 }
 PROMPTS = random_prompts(4, 20, seed=5, shortest=3)
+CROSS = [pytest.mark.cross, pytest.mark.slow]
 LAYOUTS = {
     "tensor": {"tensor_parallel_size": 8},
     "tensor_2d": {"tensor_parallel_size": 8, "layout": "tensor_2d"},
@@ -82,7 +83,11 @@ def assert_close(found, wanted):
 
 @pytest.mark.parametrize(
     ("layout", "mode"),
-    [*((name, "raw_logprobs") for name in LAYOUTS), ("tensor", "processed_logprobs")],
+    [
+        ("tensor", "raw_logprobs"),
+        *(pytest.param(name, "raw_logprobs", marks=CROSS) for name in LAYOUTS if name != "tensor"),
+        pytest.param("tensor", "processed_logprobs", marks=CROSS),
+    ],
 )
 def test_every_way_to_sample_gives_what_one_device_does(folder, expected, layout, mode):
     with LLM(folder, logprobs_mode=mode, **LAYOUTS[layout], **SMALL) as llm:
@@ -94,12 +99,12 @@ def test_every_way_to_sample_gives_what_one_device_does(folder, expected, layout
         assert_close(one.prompt_logprobs or [], other.prompt_logprobs or [])
 
 
-@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
+@pytest.mark.parametrize("mode", ["processed_logprobs", pytest.param("raw_logprobs", marks=CROSS)])
 def test_padding_is_neither_sampled_nor_in_logprobs(checkpoints, mode):
     # So flat and so hot that every column would be drawn.
     folder = checkpoints("llama", std=0.02, **EIGHT_HEADS)
     params = SamplingParams(
-        temperature=2, seed=0, max_tokens=24, logprobs=-1, top_k=VOCAB_SIZE, ignore_eos=True
+        temperature=2, max_tokens=24, logprobs=-1, top_k=VOCAB_SIZE, ignore_eos=True
     )
     options = {**SMALL, "max_logprobs": -1, "logprobs_mode": mode}
 
