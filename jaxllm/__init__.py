@@ -29,6 +29,7 @@ from jaxllm.sampling_params import (
     RequestOutputKind,
     SamplingParams,
 )
+from jaxllm.sharding.layouts import Layout
 from jaxllm.support import Support, supports
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "FlatLogprobs",
     "Inspection",
     "JaxLLMError",
+    "Layout",
     "Logprob",
     "NonFiniteError",
     "RepetitionDetectionParams",

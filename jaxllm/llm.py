@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from jaxllm import compile_cache, vllm_keywords
@@ -37,9 +38,9 @@ from jaxllm.outputs import CompletionScore, RequestOutput
 from jaxllm.programs import ProgramBuilder
 from jaxllm.progress import Progress, ProgressBar
 from jaxllm.prompts import parse_each, parse_prompts
+from jaxllm.replicas import Replicas, as_one, engines_of, make_engines, stats_of
 from jaxllm.request_builder import RequestBuilder
 from jaxllm.results import Results, delta
-from jaxllm.runner import ModelRunner
 from jaxllm.sampling_params import (
     DEFAULT_MAX_TOKENS,
     DefaultInt,
@@ -48,9 +49,8 @@ from jaxllm.sampling_params import (
     as_integer,
 )
 from jaxllm.sequence import Request
-from jaxllm.sharding import layouts
 from jaxllm.sharding.apply import Sharder
-from jaxllm.sharding.mesh import make_mesh
+from jaxllm.sharding.choice import LayoutLike, sharders
 from jaxllm.tokenizer import encode, load_tokenizer
 
 logger = logging.getLogger("jaxllm")
@@ -69,6 +69,13 @@ class LLM(metaclass=ExplainsKeywords):
         tokenizer: Another hub id or folder for the tokenizer; the model's by default.
         tokenizer_mode: "auto" or "hf", or "slow" for the tokenizer in pure Python.
         skip_tokenizer_init: Load no tokenizer: prompts are token ids, texts are "".
+        tensor_parallel_size: Devices that share one copy of the model; 1 by default.
+        data_parallel_size: Copies of the model, each on devices of its own, that work on
+            one list of prompts; 1 by default.
+        layout: What is split over which devices: a preset ("replicated", "tensor",
+            "tensor_replicated_vocab", "tensor_2d", "sequence", "data", "data_tensor"), a
+            `Layout`, a dict of one, or a JSON file. By default what the two sizes say.
+        devices: Ids, or devices of JAX, as many as the sizes ask for; the first by default.
         dtype: "auto", "float32", "bfloat16" or "float16" ("half"). "auto" is
             float32 on CPU, and on a GPU the checkpoint's 16-bit type that the card has.
         seed: Of the generator that draws the seed of each unseeded request.
@@ -125,6 +132,10 @@ class LLM(metaclass=ExplainsKeywords):
         tokenizer: str | Path | None = None,
         tokenizer_mode: str = "auto",
         skip_tokenizer_init: bool = False,
+        tensor_parallel_size: int | None = None,
+        data_parallel_size: int | None = None,
+        layout: LayoutLike | None = None,
+        devices: Sequence[int | jax.Device] | None = None,
         dtype: str = "auto",
         seed: int = 0,
         revision: str | None = None,
@@ -156,7 +167,7 @@ class LLM(metaclass=ExplainsKeywords):
         configure()
         compile_cache.enable()
         start = time.perf_counter()
-        self._engine: Engine | None = None
+        self._engine: Engine | Replicas | None = None
         random = _generator(seed)
         wishes = Wishes(
             dtype=dtype,
@@ -177,9 +188,8 @@ class LLM(metaclass=ExplainsKeywords):
         reserve_memory(gpu_memory_utilization or DEFAULTS["gpu"]["memory_fraction"])
         wanted = WITHOUT_WEIGHTS if load_format == "dummy" else PATTERNS
         folder = local_folder(model, revision, hf_token, download_dir, wanted)
-        layout = layouts.preset("replicated")
-        sharder = Sharder(layout, make_mesh(layout))
-        plan = plan_load(folder, wishes, sharder, load_format, hf_overrides)
+        sharder, *others = sharders(layout, tensor_parallel_size, data_parallel_size, devices)
+        plan = plan_load(folder, wishes, sharder, load_format, hf_overrides, others)
         self._defaults = default_sampling_params(
             generation_config_of(folder, generation_config), override_generation_config or {}
         )
@@ -193,6 +203,7 @@ class LLM(metaclass=ExplainsKeywords):
         self._chat_template = None if chat_template is None else str(chat_template)
         self._plan = plan
         self._name = str(model)
+        self._num_devices = len(plan.devices) * (1 + len(others))
         self._builder = RequestBuilder(
             tokenizer=self._tokenizer,
             vocab_size=plan.config.vocab_size,
@@ -206,8 +217,11 @@ class LLM(metaclass=ExplainsKeywords):
         self._warned_length = False
         params = load_params(plan, seed=int(seed or 0) & 0x7FFFFFFF, show_progress=use_tqdm_on_load)
         builder = ProgramBuilder(plan.model, plan.engine, sharder, plan.memory.num_pages)
-        self._engine = Engine(ModelRunner(builder, params))
-        logger.info("%s", _summary(self._name, plan, sharder, time.perf_counter() - start))
+        self._engine = as_one(make_engines(builder, params, others))
+        where = [sharder, *others]
+        logger.info("%s", _summary(self._name, plan, where, time.perf_counter() - start))
+        for note in plan.notes:
+            logger.warning("%s.", note)
 
     @classmethod
     def _translate_keywords(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -639,22 +653,7 @@ class LLM(metaclass=ExplainsKeywords):
 
     def stats(self) -> dict[str, Any]:
         """Returns counts since the start: steps, tokens, padding, times, cache use."""
-        engine = self._live_engine()
-        scheduler, counted = engine.scheduler, engine.stats
-        return {
-            "num_steps": counted.num_steps,
-            "num_tokens": counted.num_tokens,
-            "num_padded_tokens": counted.num_padded_tokens,
-            "num_ahead": counted.num_ahead,
-            "host_seconds": counted.host_seconds,
-            "step_seconds": counted.step_seconds,
-            "compile_seconds": dict(counted.compile_seconds),
-            "num_preemptions": scheduler.num_preemptions,
-            "prefix_tokens_queried": scheduler.prefixes.num_queried,
-            "prefix_tokens_hit": scheduler.prefixes.num_hit,
-            "num_pages": scheduler.num_pages - 1,
-            "num_pages_held": scheduler.num_pages_held,
-        }
+        return stats_of(self._live_engine())
 
     def inspect(
         self,
@@ -686,7 +685,10 @@ class LLM(metaclass=ExplainsKeywords):
         engine, self._engine = self._engine, None
         if engine is None:
             return
-        engine.runner.close()
+        for one in engines_of(engine):
+            one.runner.close()
+        if isinstance(engine, Replicas):
+            engine.close()
         memory = self._plan.memory
         kept = self._plan.devices[0].platform != "cpu"
         logger.info(
@@ -697,7 +699,7 @@ class LLM(metaclass=ExplainsKeywords):
             "; JAX's allocator keeps them for this process" if kept else "",
         )
 
-    def _live_engine(self) -> Engine:
+    def _live_engine(self) -> Engine | Replicas:
         if self._engine is None:
             raise JaxLLMError(f"This LLM ({self._name}) is closed. Make a new one.")
         return self._engine
@@ -734,7 +736,7 @@ class LLM(metaclass=ExplainsKeywords):
             "architecture": plan.architecture,
             "parameters": f"{sum(leaf.shape.size for leaf in plan.model.leaves):,}",
             "dtype": plan.engine.dtype,
-            "device": f"{len(plan.devices)} x {plan.devices[0].device_kind}",
+            "device": f"{self._num_devices} x {plan.devices[0].device_kind}",
             "max_model_len": f"{plan.engine.max_model_len:,}",
             "cache": f"{plan.memory.num_tokens:,} tokens",
             "state": "closed" if self._engine is None else "ready",
@@ -783,12 +785,12 @@ def _is_exiting() -> bool:
     return not threading.main_thread().is_alive()
 
 
-def _summary(name: str, plan: Plan, sharder: Sharder, seconds: float) -> str:
-    device = sharder.mesh.devices.flat[0]
-    engine = plan.engine
+def _summary(name: str, plan: Plan, where: Sequence[Sharder], seconds: float) -> str:
+    device, engine = plan.devices[0], plan.engine
+    times = f"{len(where)} engines, each on " if len(where) > 1 else ""
     return (
         f"{name}: {plan.architecture}, {plan.model.num_bytes / GIB:.2f} GiB of {engine.dtype} on "
-        f"{sharder.mesh.size} x {device.device_kind}; up to {engine.max_num_seqs} sequences and "
-        f"{engine.max_num_batched_tokens} tokens a step; ready in {seconds:.1f} s\n"
+        f"{times}{where[0].mesh.size} x {device.device_kind}; up to {engine.max_num_seqs} "
+        f"sequences and {engine.max_num_batched_tokens} tokens a step; ready in {seconds:.1f} s\n"
         f"jaxllm: {plan.memory.summary()}"
     )

@@ -34,6 +34,7 @@ from jaxllm.logs import shows_progress
 from jaxllm.modeling import registry, weights
 from jaxllm.modeling.abstract import AbstractModel, abstract_model, init_params
 from jaxllm.modeling.config import ModelConfig, with_length
+from jaxllm.modeling.fitting import fit
 from jaxllm.sampling_params import as_integer
 from jaxllm.sharding.apply import Sharder
 
@@ -128,6 +129,8 @@ class Plan:
     """Where each parameter comes from; empty for dummy weights."""
 
     hf_config: Any
+    notes: tuple[str, ...] = ()
+    """What was done to make the model fit its layout, a sentence each."""
 
     @property
     def devices(self) -> list[jax.Device]:
@@ -142,8 +145,17 @@ def plan_load(
     sharder: Sharder,
     load_format: LoadFormat,
     overrides: registry.Overrides | None = None,
+    others: Sequence[Sharder] = (),
 ) -> Plan:
     """Reads configs and headers, and decides everything; allocates nothing.
+
+    Args:
+        folder: Of the checkpoint.
+        wishes: What the caller asked for.
+        sharder: Of the engine.
+        load_format: As for `LLM`.
+        overrides: As for `LLM`.
+        others: Of further engines, whose devices must have as much room.
 
     Raises:
         CheckpointError: The folder is no checkpoint, or does not fit its config.
@@ -157,6 +169,8 @@ def plan_load(
         raise ConfigError(
             f"load_format={load_format!r} is not supported. Use 'auto', 'safetensors' or 'dummy'."
         )
+    fitted = fit(config, family.build, sharder.layout)
+    config = fitted.config
     checkpoint = None if load_format == "dummy" else weights.Checkpoint(folder)
     ignored = family.IGNORED_WEIGHTS
     if checkpoint and config.tie_embeddings:
@@ -177,14 +191,16 @@ def plan_load(
     config = with_length(config, length)
     model = abstract_model(config, family.build, dtype, sharder)
     sources = weights.match(model, checkpoint, family.WEIGHTS, ignored) if checkpoint else []
-    memory = _plan_memory(wishes, config, engine, model, device, sharder)
+    memory = _plan_memory(wishes, config, engine, model, [sharder, *others])
     if memory.max_model_len != length:  # rotations may depend on it; no shape does
         engine = replace(engine, max_model_len=memory.max_model_len)
         config = with_length(config, memory.max_model_len)
         model = abstract_model(config, family.build, dtype, sharder)
     if wishes.dtype != "auto" and checkpoint and dtype != stored:
         logger.info("Casting %s to %s", stored, dtype)
-    return Plan(folder, architecture, family, config, engine, model, memory, sources, hf)
+    return Plan(
+        folder, architecture, family, config, engine, model, memory, sources, hf, fitted.notes
+    )
 
 
 def load_params(plan: Plan, *, seed: int, show_progress: bool) -> tuple[jax.Array, ...]:
@@ -312,24 +328,23 @@ def _plan_memory(
     config: ModelConfig,
     engine: EngineConfig,
     model: AbstractModel,
-    device: jax.Device,
-    sharder: Sharder,
+    where: Sequence[Sharder],
 ) -> MemoryPlan:
+    devices = [device for sharder in where for device in sharder.mesh.devices.flat]
+    device, layout = devices[0], where[0].layout
     on_cpu = device.platform == "cpu"
     fraction = wishes.memory_fraction
-    most = memory_limit(device, 1.0)
+    sharing = len(devices) if on_cpu else 1  # whose devices have one memory
+    most = memory_limit(device, 1.0) // sharing
     if wishes.cache_bytes is not None and wishes.cache_bytes > most:
         raise ConfigError(
             f"kv_cache_memory_bytes={wishes.cache_bytes} is more than the {most} bytes of memory "
             "that there are. Use fewer, or leave it out."
         )
-    in_use = memory_in_use(device)
-    limit = memory_limit(
-        device, fraction or DEFAULTS["cpu" if on_cpu else "gpu"]["memory_fraction"]
-    )
-    # Each device holds its share of the KV heads.
-    shards = dict(sharder.mesh.shape).get("tensor", 1)
-    token_bytes = bytes_per_token(model.cache_specs, engine.dtype) // shards
+    in_use = max(map(memory_in_use, devices))
+    fraction_used = fraction or DEFAULTS["cpu" if on_cpu else "gpu"]["memory_fraction"]
+    limit = memory_limit(device, fraction_used) // sharing
+    token_bytes = bytes_per_token(model.cache_specs, engine.dtype) // layout.split("kv_heads")
     weight_bytes = model.bytes_per_device()
     if weight_bytes > most:  # kv_cache_memory_bytes does not ask what else there is
         raise ConfigError(
@@ -338,7 +353,8 @@ def _plan_memory(
             "or check the sizes in config.json."
         )
     temp = temp_bound(config, engine, Buckets(engine).largest())
-    temp += counts_bytes(config, engine) // shards  # made when the first penalty is asked for
+    # Made when the first penalty is asked for.
+    temp += counts_bytes(config, engine) // layout.split("vocab")
     if not on_cpu:
         temp += autotune_bytes(model.largest_leaf_per_device())
     cache_bytes = wishes.cache_bytes

@@ -35,7 +35,7 @@ from jaxllm.inputs import (
 from jaxllm.modeling.abstract import AbstractModel
 from jaxllm.modeling.decoder import Decoder
 from jaxllm.pallas_kernels.attention import PagedAttend, QueryBlocks, tuning_for
-from jaxllm.sampler import choose, score_tokens
+from jaxllm.sampler import Vocabulary, choose, score_tokens
 from jaxllm.sharding.apply import Sharder
 
 GPU_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
@@ -89,10 +89,19 @@ class ProgramBuilder:
     def counts_shape(self) -> jax.ShapeDtypeStruct:
         """Returns the shape and sharding of `DeviceState.token_counts`."""
         return jax.ShapeDtypeStruct(
-            (self.engine.max_num_seqs + 1, self.model.vocab_size),
+            (self.engine.max_num_seqs + 1, self.model.num_logits),
             jnp.int32,
             sharding=self.sharder.sharding(None, "vocab"),
         )
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """How the columns of the logits are to be read."""
+        return Vocabulary(self.model.vocab_size, self.sharder)
+
+    def logits(self, model: Decoder, hidden: jax.Array) -> jax.Array:
+        """[R, E] -> float32 [R, V], each device with its share of the vocabulary."""
+        return self.sharder.pin(model.logits(hidden), None, "vocab")
 
     def lower(self, key: ProgramKey) -> jax.stages.Lowered:
         """Traces and lowers a program for the builder's mesh."""
@@ -105,8 +114,8 @@ class ProgramBuilder:
         def program(
             params: Sequence[jax.Array], state: DeviceState, buffer: jax.Array
         ) -> tuple[DeviceState, StepOutputs]:
-            model, inputs = self.model.merge(params), unpack(key.bucket, key.flags, buffer)
-            return body(self, key, model, state, inputs)
+            inputs = self.sharder.everywhere(unpack(key.bucket, key.flags, buffer))
+            return body(self, key, self.model.merge(params), state, inputs)
 
         shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), everywhere)
         platform = self.sharder.mesh.devices.flat[0].platform
@@ -161,23 +170,24 @@ def mixed_step(
     held = held.at[: key.bucket.decode_rows].set(
         state.last_token[inputs.rows[: key.bucket.decode_rows]]
     )
-    tokens = jnp.where(inputs.tokens < 0, held, inputs.tokens)
+    tokens = builder.sharder.everywhere(jnp.where(inputs.tokens < 0, held, inputs.tokens))
     attend = builder.attend(key, inputs, chunks.slot_mapping[0])
     hidden, caches = model(
         tokens, inputs.positions[0], state.caches, attend, builder.sharder
     )  # [T, E]
-    logits = model.logits(hidden[chunks.logit_rows])  # [B, V]
+    logits = builder.logits(model, hidden[chunks.logit_rows])  # [B, V]
     outputs, counts = _choose(builder, key, logits, inputs, state.token_counts)
     if inputs.score is not None and key.flags.scored is not None:
         score = inputs.score
         scores = score_tokens(
             hidden,
-            model.logits,
+            functools.partial(builder.logits, model),
             score.scored,
             score.targets,
             score.num_scored,
             min(key.flags.scored, logits.shape[1]),
             chunk=key.bucket.rows,
+            vocabulary=builder.vocabulary,
         )
         outputs = replace(outputs, scores=scores)
     rows = _writable_rows(inputs, state.last_token.shape[0])
@@ -198,7 +208,7 @@ def decode_steps(
     wait for the host in every iteration. A finished row goes on as padding: its
     length is 0 and it writes to the trash page.
     """
-    page_size = builder.engine.page_size
+    page_size, everywhere = builder.engine.page_size, builder.sharder.everywhere
     held = state.last_token[inputs.rows]
     tokens = jnp.where(inputs.tokens < 0, held, inputs.tokens)
 
@@ -211,9 +221,10 @@ def decode_steps(
         )[:, 0]
         slots = jnp.where(live, page * page_size + positions % page_size, 0)
         now = replace(inputs, kv_lens=jnp.where(live, kv_lens, 0), limits=num_left)
+        now, tokens, positions, slots = everywhere((now, tokens, positions, slots))
         attend = builder.attend(key, now, slots)
         hidden, caches = model(tokens, positions, caches, attend, builder.sharder)  # [B, E]
-        out, counts = _choose(builder, key, model.logits(hidden), now, counts)
+        out, counts = _choose(builder, key, builder.logits(model, hidden), now, counts)
         token = out.tokens[:, 0]
         stopped = jnp.any(token[:, None] == inputs.stop_ids, axis=1)
         num_left = jnp.where(stopped, 0, num_left - live.astype(jnp.int32))
@@ -258,7 +269,9 @@ def _choose(
 ) -> tuple[StepOutputs, jax.Array | None]:
     """Returns a token a row, and the token counts with it, where the program keeps them."""
     held = None if counts is None else counts[inputs.rows]  # [B, V]
-    outputs = choose(logits, inputs, held, key.flags, builder.engine.logprobs_mode)
+    mode, vocabulary = builder.engine.logprobs_mode, builder.vocabulary
+    outputs = choose(logits, inputs, held, key.flags, mode, vocabulary)
+    outputs = builder.sharder.everywhere(outputs)
     if counts is not None:
         rows = _writable_rows(inputs, counts.shape[0])
         counts = counts.at[rows, outputs.tokens[:, 0]].add(1)

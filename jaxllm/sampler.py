@@ -9,6 +9,7 @@ a sequence was preempted can change it.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,27 @@ from jaxllm.inputs import (
     StepInputs,
     StepOutputs,
 )
+from jaxllm.sharding.apply import Sharder
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
 
 Words = tuple[jax.Array, jax.Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """How the columns of logits [B, V] are to be read."""
+
+    size: int | None = None
+    """Columns that are tokens; the others, at the end, are minus infinity. None: all are."""
+
+    sharder: Sharder | None = None
+    """Where equal parts lie on devices of their own. Whatever is asked of a row is asked of each
+    part, and the answers are combined: a row is never gathered."""
+
+
+WHOLE = Vocabulary()
 
 
 def threefry2x32(key: Words, counter: Words) -> Words:
@@ -80,6 +97,7 @@ def choose(
     counts: jax.Array | None,
     flags: SamplingFlags,
     logprobs_mode: str,
+    vocabulary: Vocabulary = WHOLE,
 ) -> StepOutputs:
     """Returns a token a row, for rows that may generate one.
 
@@ -89,6 +107,7 @@ def choose(
         counts: int32 [B, V], of `DeviceState.token_counts`; None without penalties.
         flags: Of the program.
         logprobs_mode: One of `config.LOGPROBS_MODES`.
+        vocabulary: Of the logits.
     """
     live = inputs.limits > 0
     sampling = inputs.sampling
@@ -112,6 +131,7 @@ def choose(
             flags.logprobs,
             sampling.logprob_ids,
             normalize=logprobs_mode.endswith("logprobs"),
+            vocabulary=vocabulary,
         )
     return StepOutputs(tokens[:, None], live.astype(jnp.int32), finite, possible, logprobs)
 
@@ -155,6 +175,7 @@ def process(
 
 def _bits(words: jax.Array, size: int) -> jax.Array:
     """uint32 [B, ceil(V/32)] -> bool [B, V], the lowest bit first."""
+    words = jnp.pad(words, ((0, 0), (0, -(-size // 32) - words.shape[1])))  # the padding's
     bits = words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :] & 1
     return bits.reshape(words.shape[0], -1)[:, :size] == 1
 
@@ -192,6 +213,7 @@ def logprobs_of(
     named: jax.Array | None = None,
     *,
     normalize: bool = True,
+    vocabulary: Vocabulary = WHOLE,
 ) -> SampledLogprobs:
     """Returns the log-probabilities of chosen tokens and of the likeliest.
 
@@ -201,6 +223,7 @@ def logprobs_of(
         count: k, how many of the likeliest to return; all V where that is fewer.
         named: int32 [B, J], further tokens to return; None for none.
         normalize: Return logits as they are where false.
+        vocabulary: Of the logits.
 
     Returns:
         Arrays with N = 1.
@@ -209,21 +232,54 @@ def logprobs_of(
     if normalize:
         total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # [B, 1]
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)  # [B, 1]
-    rank = jnp.sum(logits >= chosen, axis=-1, dtype=jnp.int32)
-    top, top_ids = jax.lax.top_k(logits, min(count, logits.shape[1]))
+    rank = _rank(logits, chosen, vocabulary)
+    top, top_ids = _likeliest(logits, min(count, logits.shape[1]), vocabulary.sharder)
     values = ranks = None
     if named is not None:
         values = jnp.take_along_axis(logits, named, axis=-1)  # [B, J]
-        ranks = jnp.sum(logits[:, None, :] >= values[:, :, None], axis=-1, dtype=jnp.int32)
+        ranks = _rank(logits[:, None, :], values[:, :, None], vocabulary)
         values, ranks = (values - total)[:, None], ranks[:, None]
     return SampledLogprobs(
         chosen=chosen - total,
         rank=rank[:, None],
-        top_ids=top_ids.astype(jnp.int32)[:, None],
+        top_ids=top_ids[:, None],
         top=(top - total)[:, None],
         named=values,
         named_rank=ranks,
     )
+
+
+def _rank(logits: jax.Array, values: jax.Array, vocabulary: Vocabulary) -> jax.Array:
+    """Returns how many tokens are at least as likely, int32 [...] for logits [..., V]."""
+    count = jnp.sum(logits >= values, axis=-1, dtype=jnp.int32)
+    # Only minus infinity is as little as padding, and all tokens are at least as likely as it.
+    return count if vocabulary.size is None else jnp.minimum(count, vocabulary.size)
+
+
+def _likeliest(
+    logits: jax.Array, count: int, sharder: Sharder | None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns values and int32 ids of the likeliest tokens, [B, count] each; ties by id."""
+    shards = sharder.layout.split("vocab") if sharder else 1
+    if sharder is None or shards == 1:
+        top, ids = jax.lax.top_k(logits, count)
+        return top, ids.astype(jnp.int32)
+    num_rows, size = logits.shape[0], logits.shape[1] // shards
+    few = min(count, size)
+
+    def of_part(part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        top, ids = jax.lax.top_k(part, few)
+        return top[:, None], ids.astype(jnp.int32)[:, None]
+
+    # The partitioner knows no top_k: it would gather the row.
+    split = sharder.layout.spec((None, "vocab"))
+    top, ids = jax.shard_map(of_part, mesh=sharder.mesh, in_specs=split, out_specs=(split, split))(
+        logits
+    )  # [B, shards, few]
+    ids = ids + size * jnp.arange(shards, dtype=jnp.int32)[None, :, None]
+    top, ids = sharder.everywhere((top.reshape(num_rows, -1), ids.reshape(num_rows, -1)))
+    top, at = jax.lax.top_k(top, count)
+    return top, jnp.take_along_axis(ids, at, axis=1)
 
 
 def score_tokens(
@@ -234,6 +290,7 @@ def score_tokens(
     num_scored: jax.Array,
     count: int,
     chunk: int,
+    vocabulary: Vocabulary = WHOLE,
 ) -> Scores:
     """Returns the log-probabilities of given tokens, a few rows of logits at a time.
 
@@ -245,6 +302,7 @@ def score_tokens(
         num_scored: int32 [].
         count: k, likeliest alternatives to return.
         chunk: Rows of logits that exist at once.
+        vocabulary: Of the logits.
     """
     num_tokens = scored.shape[0]
     padded = -(-num_tokens // chunk) * chunk
@@ -254,7 +312,7 @@ def score_tokens(
         at = i * chunk
         rows = jax.lax.dynamic_slice_in_dim(scored, at, chunk)
         wanted = jax.lax.dynamic_slice_in_dim(targets, at, chunk)
-        lp = logprobs_of(logits_of(hidden[rows]), wanted, count)
+        lp = logprobs_of(logits_of(hidden[rows]), wanted, count, vocabulary=vocabulary)
         parts = tuple(x[:, 0] for x in (lp.chosen, lp.rank, lp.top_ids, lp.top))
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(x, part, at, axis=0)

@@ -42,7 +42,7 @@ _IGNORED_BECAUSE = {
         external_fault_notify_port gloo_comm_timeout shutdown_on_fault_tolerance_failure
         distributed_timeout_seconds enable_multiprocessing
     """,
-    "the model is on one device": """
+    "replicas are engines of this process: data_parallel_size and devices say which": """
         data_parallel_rank data_parallel_start_rank data_parallel_size_local
         data_parallel_address data_parallel_rpc_port data_parallel_hybrid_lb
         data_parallel_external_lb data_parallel_backend dcp_kv_cache_interleave_size
@@ -128,7 +128,8 @@ class NotYet:
 
 _TEXT = "jaxllm generates text and has no pooling models. Leave it out."
 _WEIGHTS = "Weights are used in `dtype`. Pass a checkpoint that is not quantized, and leave it out."
-_ONE_DEVICE = "The whole model is on one device. Leave it out, or pass 1."
+_NO_PIPELINE = "Layers are not divided. Pass tensor_parallel_size in its place."
+_NO_CONTEXT = "A sequence is not divided. Pass tensor_parallel_size in its place."
 _ON_DEVICE = "All weights are on the device. Pass a smaller model, or dtype='bfloat16'."
 _CACHE = "The cache has the dtype of the model, on the device. Pass a smaller max_model_len."
 _DRAFT = "Each step makes one token a sequence. Leave it out: the output is the same."
@@ -144,12 +145,10 @@ NOT_YET = {
     "quantization": NotYet((), _WEIGHTS),
     "quantization_config": NotYet(({},), _WEIGHTS),
     "quantization_param_path": NotYet((), _WEIGHTS),
-    "tensor_parallel_size": NotYet((1,), _ONE_DEVICE),
-    "pipeline_parallel_size": NotYet((1,), _ONE_DEVICE),
-    "data_parallel_size": NotYet((1,), _ONE_DEVICE),
-    "prefill_context_parallel_size": NotYet((1,), _ONE_DEVICE),
-    "decode_context_parallel_size": NotYet((1,), _ONE_DEVICE),
-    "enable_expert_parallel": NotYet((False,), "The whole model is on one device. Leave it out."),
+    "pipeline_parallel_size": NotYet((1,), _NO_PIPELINE),
+    "prefill_context_parallel_size": NotYet((1,), _NO_CONTEXT),
+    "decode_context_parallel_size": NotYet((1,), _NO_CONTEXT),
+    "enable_expert_parallel": NotYet((False,), "No model here has experts. Leave it out."),
     "cpu_offload_gb": NotYet((0,), _ON_DEVICE),
     "offload_group_size": NotYet((0,), _ON_DEVICE),
     "kv_cache_dtype": NotYet(("auto",), _CACHE),

@@ -300,7 +300,8 @@ ROWS = {
     "tensor parallel": (
         lambda w: w.load(tensor_parallel_size=3),
         ConfigError,
-        "tensor_parallel_size=3 is not implemented",
+        "num_attention_heads=4 does not divide over tensor=3 of layout 'tensor'. Sizes that work "
+        "with the model: tensor=1, 2, 4",
     ),
     "pipeline parallel": (
         lambda w: w.load(pipeline_parallel_size=2),
@@ -308,9 +309,9 @@ ROWS = {
         "pipeline_parallel_size=2 is not implemented",
     ),
     "data parallel": (
-        lambda w: w.load(data_parallel_size=2),
+        lambda w: w.load(data_parallel_size=9),
         ConfigError,
-        "data_parallel_size=2 is not implemented",
+        r"World size \(9\) is larger than the number of available devices \(8\): data 9",
     ),
     "unknown quantization": (
         lambda w: w.load(quantization="best"),

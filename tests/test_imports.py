@@ -24,7 +24,7 @@ LEVELS = [
     ["sequence", "flags", "stopping", "inputs", "buckets", "cache", "progress"],
     ["modeling", "scheduler", "batch", "sampler", "request_builder", "results"],
     ["programs", "runner", "demo", "support"],
-    ["engine", "loading", "plan", "inspection"],
+    ["engine", "replicas", "loading", "plan", "inspection"],
     ["llm"],
     ["terminal_chat"],
     ["", "sweep", "readme"],

@@ -81,7 +81,7 @@ def temp_bound(config: ModelConfig, engine: EngineConfig, buckets: Sequence[Buck
         key_bytes = keys * kv_width * (size + 4)
         scores = keys * config.num_heads * 4
         tokens = bucket.tokens * (4 * config.embed_dim + 2 * widest + 2 * head_width) * (size + 4)
-        logits = 4 * bucket.rows * config.vocab_size * 4
+        logits = 4 * bucket.rows * config.num_logits * 4
         at_once = max(
             tuning.blocks_at_once(engine.block_q, config.num_heads, keys)
             for tuning in TUNING.values()
@@ -94,7 +94,7 @@ def temp_bound(config: ModelConfig, engine: EngineConfig, buckets: Sequence[Buck
 
 def counts_bytes(config: ModelConfig, engine: EngineConfig) -> int:
     """Returns the bytes of `DeviceState.token_counts`, over all devices."""
-    return (engine.max_num_seqs + 1) * config.vocab_size * 4
+    return (engine.max_num_seqs + 1) * config.num_logits * 4
 
 
 def autotune_bytes(largest_weight: int) -> int:

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from jaxllm.errors import CheckpointError
 from jaxllm.modeling.abstract import AbstractModel, Leaf
-from jaxllm.modeling.weights import Weight, part_shapes, stored_shape
+from jaxllm.modeling.weights import Weight, copies_of, part_shapes, stored_shape
 
 
 def to_checkpoint(
@@ -47,9 +47,12 @@ def to_checkpoint(
 
 
 def _split(leaf: Leaf, value: np.ndarray) -> list[np.ndarray]:
+    """Returns the parts as a checkpoint has them: one of the copies, no padding."""
     axis = leaf.part_axis
     ends = np.cumsum([part[axis] for part in part_shapes(leaf)])
     parts = np.split(value, ends[:-1], axis=axis)
+    parts = [part[: len(part) - leaf.padding] if leaf.padding else part for part in parts]
+    parts = [part[::copies] for part, copies in zip(parts, copies_of(leaf), strict=True)]
     return [part.reshape(stored_shape(part.shape, leaf.num_in)) for part in parts]
 
 

@@ -6,14 +6,15 @@ of leaves (a tenth of the dispatch time of an `nnx.State`) and merge inside.
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from jaxllm.cache.spec import CacheSpec
@@ -44,6 +45,19 @@ class Leaf:
     part_axis: int
     """The axis that holds the parts; 0 if there are none."""
 
+    copies: tuple[int, ...] = ()
+    """For each part, how often a row of the checkpoint's tensor comes along the first axis, one
+    copy after the other; () if each comes once."""
+
+    padding: int = 0
+    """Rows of zeros at the end of the first axis, which no tensor has."""
+
+    def on(self, sharder: Sharder) -> "Leaf":
+        """Returns the same parameter on other devices of the same layout."""
+        there = NamedSharding(sharder.mesh, cast("NamedSharding", self.shape.sharding).spec)
+        shape = jax.ShapeDtypeStruct(self.shape.shape, self.shape.dtype, sharding=there)
+        return replace(self, shape=shape)
+
     @property
     def is_scale(self) -> bool:
         """Whether it is the factor of a norm."""
@@ -70,10 +84,16 @@ class AbstractModel:
     leaves: tuple[Leaf, ...]
     cache_specs: tuple[CacheSpec, ...]
     vocab_size: int
+    num_logits: int
+    """Columns of the logits (V): the vocabulary and its padding."""
 
     def merge(self, params: Sequence[jax.Array]) -> Decoder:
         """Returns the module over these parameters, one for each leaf, in order."""
         return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, params))
+
+    def on(self, sharder: Sharder) -> "AbstractModel":
+        """Returns the same model on other devices."""
+        return replace(self, leaves=tuple(leaf.on(sharder) for leaf in self.leaves))
 
     @property
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -107,29 +127,32 @@ def abstract_model(
     shapes, treedef = jax.tree.flatten(state)
     if [s.shape for s in shapes] != [leaf.shape.shape for leaf in leaves]:
         raise AssertionError("flat state and pytree leaves differ in order")
-    return AbstractModel(graph, treedef, leaves, model.cache_specs(), config.vocab_size)
+    sizes = (config.vocab_size, config.num_logits)
+    return AbstractModel(graph, treedef, leaves, model.cache_specs(), *sizes)
 
 
 def _leaf(path: str, variable: nnx.Variable, sharder: Sharder) -> Leaf:
     meta, value = variable.get_metadata(), variable.get_value()
     shape = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharder.sharding(*meta["axes"]))
     part_axis = meta["axes"].index(None) if meta["parts"] else 0
-    return Leaf(path, shape, meta["num_in"], meta["parts"], part_axis)
+    copies, padding = meta.get("copies", ()), meta.get("padding", 0)
+    return Leaf(path, shape, meta["num_in"], meta["parts"], part_axis, copies, padding)
 
 
 def init_params(model: AbstractModel, seed: int) -> tuple[jax.Array, ...]:
     """Returns random parameters, made on the devices: for training and dummy loads.
 
     Weights have a variance of one over the inputs, norms begin as the identity, biases
-    at zero. They depend on the seed and on each leaf's place, not on the devices.
+    at zero. They depend on the seed and on each leaf's place, not on the devices: copies
+    and padding are as they would be read from a checkpoint.
     """
     key = jax.random.key(seed)
-    draws: dict[Hashable, Callable[..., jax.Array]] = {}
+    draws: dict[Leaf, Callable[..., jax.Array]] = {}
     params = []
     for i, leaf in enumerate(model.leaves):
         # A program for each kind of leaf and not for each: layers are alike. One program of the
         # whole model takes minutes to compile for tens of layers.
-        kind = (leaf.shape.shape, leaf.shape.dtype, leaf.shape.sharding, leaf.num_in, leaf.is_scale)
+        kind = replace(leaf, path=leaf.path.rpartition(".")[2])
         if kind not in draws:
             draws[kind] = jax.jit(functools.partial(_draw, leaf), out_shardings=leaf.shape.sharding)
         params.append(draws[kind](key, np.int32(i)))
@@ -139,7 +162,21 @@ def init_params(model: AbstractModel, seed: int) -> tuple[jax.Array, ...]:
 def _draw(leaf: Leaf, key: jax.Array, number: jax.Array) -> jax.Array:
     """Returns the first value of the leaf of this number, and of those like it."""
     shape, dtype = leaf.shape.shape, leaf.shape.dtype
-    if leaf.num_in:
-        fan_in = math.prod(shape[-leaf.num_in :])
-        return normal_init(jax.random.fold_in(key, number), shape, fan_in, dtype)
-    return jnp.full(shape, 1 if leaf.is_scale else 0, dtype)
+    if not leaf.num_in:
+        return jnp.full(shape, 1 if leaf.is_scale else 0, dtype)
+    fan_in, key = math.prod(shape[-leaf.num_in :]), jax.random.fold_in(key, number)
+    if max(leaf.copies, default=1) == 1:
+        whole = (shape[0] - leaf.padding, *shape[1:])
+        drawn = normal_init(key, whole, fan_in, dtype)
+        return jnp.pad(drawn, ((0, leaf.padding), *((0, 0) for _ in shape[1:])))
+    # Drawn as if there were one copy: [K, G+2, D, E], then each row's queries are divided.
+    times = max(leaf.copies)
+    sizes = [n * times // c for n, c in zip(leaf.parts, leaf.copies, strict=True)]
+    whole = (shape[0] // times, sum(sizes), *shape[2:])
+    drawn = normal_init(key, whole, fan_in, dtype)
+    parts = jnp.split(drawn, np.cumsum(sizes)[:-1], axis=1)
+    parts = [
+        jnp.repeat(part, copies, axis=0).reshape(shape[0], size, *shape[2:])
+        for part, copies, size in zip(parts, leaf.copies, leaf.parts, strict=True)
+    ]
+    return jnp.concatenate(parts, axis=1)

@@ -59,6 +59,8 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int
+    """As they are stored, `kv_copies` included."""
+
     head_dim: int
     max_position: int
     """Most positions the checkpoint was made for, scaling included."""
@@ -101,8 +103,20 @@ class ModelConfig:
     windows: tuple[int | None, ...] | None = None
     """Sliding window of each layer, in tokens (the query's own included); None: full."""
 
+    kv_copies: int = 1
+    """How often each KV head of the checkpoint is stored, its query heads divided among the
+    copies: where there are more devices than KV heads (`fitting.fit`)."""
+
+    vocab_padding: int = 0
+    """Rows after the last token, so that devices have equal shares; never sampled."""
+
     float16_overflows: bool = False
     """Whether activations leave the range of float16, which ends at 65504."""
+
+    @property
+    def num_logits(self) -> int:
+        """Columns of the logits (V): the vocabulary and its padding."""
+        return self.vocab_size + self.vocab_padding
 
     def window(self, layer: int) -> int | None:
         """Returns the sliding window of one layer."""
@@ -114,7 +128,7 @@ class ModelConfig:
 
     @property
     def group_size(self) -> int:
-        """Query heads that share one KV head (G)."""
+        """Query heads that share one stored KV head (G)."""
         return self.num_heads // self.num_kv_heads
 
     @property

@@ -44,7 +44,7 @@ class DecoderLayer(nnx.Module):
         """[T, E] and this layer's cache -> [T, E] and the cache, written."""
         attended, cache = self.attn(self.attn_norm(x), cache, ctx)
         x = self.add(x, attended, ctx)
-        x = self.add(x, self.mlp(self.mlp_norm(x)), ctx)
+        x = self.add(x, self.mlp(ctx.sharder.whole(self.mlp_norm(x))), ctx)
         return x, cache
 
     def add(self, x: jax.Array, branch: jax.Array, ctx: Context) -> jax.Array:
@@ -75,8 +75,15 @@ class Decoder(nnx.Module):
     ) -> None:
         """Declares the model; `layer` is the class of its layers."""
         self.config = config
-        sizes = (config.vocab_size, config.embed_dim)
-        self.embed = Embedding(*sizes, scale=config.embed_scale, dtype=dtype, rngs=rngs)
+        table = functools.partial(
+            Embedding,
+            config.vocab_size,
+            config.embed_dim,
+            padding=config.vocab_padding,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.embed = table(scale=config.embed_scale)
         self.positions = (
             None
             if config.position_offset is None
@@ -92,7 +99,7 @@ class Decoder(nnx.Module):
             [layer(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)]
         )
         self.norm: Norm | None = norm_layer(config, dtype=dtype, rngs=rngs)
-        self.head = None if config.tie_embeddings else Embedding(*sizes, dtype=dtype, rngs=rngs)
+        self.head = None if config.tie_embeddings else table()
 
     def __call__(
         self,
@@ -122,7 +129,8 @@ class Decoder(nnx.Module):
         for layer, cache in zip(self.layers, caches, strict=True):
             x, cache = _run_layer(*nnx.split(layer), x, cache, ctx)
             written.append(cache)
-        return x if self.norm is None else self.norm(x), tuple(written)
+        x = x if self.norm is None else self.norm(x)
+        return sharder.whole(x), tuple(written)
 
     def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """int32 [T] twice -> what the first layer reads, [T, E]."""
@@ -130,11 +138,12 @@ class Decoder(nnx.Module):
         return x if self.positions is None else x + self.positions(positions)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[R, E] -> float32 [R, V]."""
-        logits = (self.head or self.embed).logits(hidden)
+        """[R, E] -> float32 [R, V]; minus infinity where the vocabulary is padded."""
+        head = self.head or self.embed
+        logits = head.logits(hidden)
         cap, divisor = self.config.logit_softcap, self.config.logit_divisor
         logits = logits if divisor is None else logits / divisor
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return head.masked(logits if cap is None else cap * jnp.tanh(logits / cap))
 
     def cache_specs(self) -> tuple[CacheSpec, ...]:
         """Returns what each layer keeps, in layer order."""

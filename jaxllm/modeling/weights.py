@@ -245,11 +245,11 @@ class Source:
     transform: Callable[[np.ndarray], np.ndarray] | None
 
     def parts(self) -> list[np.ndarray]:
-        """Returns views of the tensors, each in the shape of its part of the parameter."""
+        """Returns views of the tensors, each in the shape of its part, copies and padding apart."""
         views = [tensor.view() for tensor in self.tensors]
         if self.transform:
             views = [self.transform(view) for view in views]
-        shapes = part_shapes(self.leaf)
+        shapes = held_shapes(self.leaf)
         if len(views) == 1:
             sizes = [stored_shape(shape, self.leaf.num_in)[0] for shape in shapes]
             views = np.split(views[0], np.cumsum(sizes)[:-1])
@@ -261,13 +261,17 @@ class Source:
         bounds = [
             s.indices(n)[:2] for s, n in zip(index or (slice(None),) * len(full), full, strict=True)
         ]
-        shard = np.empty([stop - start for start, stop in bounds], self.leaf.shape.dtype)
+        make = np.zeros if self.leaf.padding else np.empty
+        shard = make([stop - start for start, stop in bounds], self.leaf.shape.dtype)
         axis, at = self.leaf.part_axis, 0
-        for part in self.parts():
+        for part, copies in zip(self.parts(), copies_of(self.leaf), strict=True):
             size = part.shape[axis] if part.ndim else 1
             start, stop = max(bounds[axis][0], at), min(bounds[axis][1], at + size)
             if start < stop:
-                take, put = [slice(*b) for b in bounds], [slice(None)] * len(bounds)
+                take: list[Any] = [slice(*b) for b in bounds]
+                put = [slice(None)] * len(bounds)
+                if copies > 1:
+                    take[0] = np.arange(*bounds[0]) // copies
                 take[axis] = slice(start - at, stop - at)
                 put[axis] = slice(start - bounds[axis][0], stop - bounds[axis][0])
                 shard[tuple(put)] = part[tuple(take)]
@@ -283,6 +287,17 @@ def part_shapes(leaf: Leaf) -> list[tuple[int, ...]]:
     return [(*shape[:axis], size, *shape[axis + 1 :]) for size in leaf.parts]
 
 
+def copies_of(leaf: Leaf) -> tuple[int, ...]:
+    """Returns for each part how often a tensor's row comes in the parameter."""
+    return leaf.copies or (1,) * max(1, len(leaf.parts))
+
+
+def held_shapes(leaf: Leaf) -> list[tuple[int, ...]]:
+    """Returns the shape of each part as a checkpoint has it: one of the copies, no padding."""
+    shapes = zip(part_shapes(leaf), copies_of(leaf), strict=True)
+    return [((s[0] - leaf.padding) // copies, *s[1:]) if s else s for s, copies in shapes]
+
+
 def stored_shape(part: tuple[int, ...], num_in: int) -> tuple[int, ...]:
     """Returns the shape a part has in a checkpoint: [out, in], or flat for a bias."""
     if num_in == 0:
@@ -293,7 +308,7 @@ def stored_shape(part: tuple[int, ...], num_in: int) -> tuple[int, ...]:
 
 def stored_shapes(leaf: Leaf, num_tensors: int) -> list[tuple[int, ...]]:
     """Returns the shapes of a parameter's tensors in a checkpoint, transforms undone."""
-    shapes = [stored_shape(part, leaf.num_in) for part in part_shapes(leaf)]
+    shapes = [stored_shape(part, leaf.num_in) for part in held_shapes(leaf)]
     if num_tensors == 1:
         return [(sum(shape[0] for shape in shapes), *shapes[0][1:])]
     return shapes

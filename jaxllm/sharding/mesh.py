@@ -20,13 +20,13 @@ def make_mesh(layout: Layout, devices: Sequence[jax.Device] | None = None) -> Me
         ConfigError: There are fewer devices than the layout needs.
     """
     devices = list(jax.devices() if devices is None else devices)
-    names = tuple(name for name, _ in layout.mesh_shape)
-    shape = tuple(size for _, size in layout.mesh_shape)
-    needed = layout.num_devices
+    sizes, needed = layout.mesh, layout.num_devices
     if len(devices) < needed:
+        split = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
         raise ConfigError(
             f"World size ({needed}) is larger than the number of available devices "
-            f"({len(devices)}). Use tensor_parallel_size={len(devices)} or less."
+            f"({len(devices)}): layout {layout.name!r} has {split}. Use sizes whose product is "
+            f"{len(devices)} or less."
         )
-    grid = np.array(devices[:needed]).reshape(shape)
-    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+    grid = np.array(devices[:needed]).reshape(tuple(sizes.values()))
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))

@@ -60,7 +60,7 @@ class Gemma2Layer(DecoderLayer):
         attended, cache = self.attn(self.attn_norm(x), cache, ctx)
         attended = ctx.sharder.pin(attended, "tokens", "embed")
         x = self.add(x, self.attn_post_norm(attended), ctx)
-        fed = ctx.sharder.pin(self.mlp(self.mlp_norm(x)), "tokens", "embed")
+        fed = ctx.sharder.pin(self.mlp(ctx.sharder.whole(self.mlp_norm(x))), "tokens", "embed")
         return self.add(x, self.mlp_post_norm(fed), ctx), cache
 
 

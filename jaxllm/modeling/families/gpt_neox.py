@@ -82,8 +82,9 @@ class ParallelLayer(DecoderLayer):
         self, x: jax.Array, cache: LayerCache, ctx: Context
     ) -> tuple[jax.Array, LayerCache]:
         """[T, E] and this layer's cache -> [T, E] and the cache, written."""
-        attended, cache = self.attn(self.attn_norm(x), cache, ctx)
-        return self.add(x, self.mlp(self.mlp_norm(x)) + attended, ctx), cache
+        whole = ctx.sharder.whole(x)  # once for both
+        attended, cache = self.attn(self.attn_norm(whole), cache, ctx)
+        return self.add(x, self.mlp(self.mlp_norm(whole)) + attended, ctx), cache
 
 
 def build(config: GPTNeoXConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Decoder:

@@ -1,5 +1,6 @@
 """OPT: learned positions, layer norms before or after each branch, narrow embeddings."""
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -92,7 +93,7 @@ class PostNormLayer(DecoderLayer):
         """[T, E] and this layer's cache -> [T, E] and the cache, written."""
         attended, cache = self.attn(x, cache, ctx)
         x = self.attn_norm(self.add(x, attended, ctx))
-        x = self.mlp_norm(self.add(x, self.mlp(x), ctx))
+        x = self.mlp_norm(self.add(x, self.mlp(ctx.sharder.whole(x)), ctx))
         return x, cache
 
 
@@ -109,9 +110,16 @@ class OPTDecoder(Decoder):
         self.project_in = Linear(narrow, wide, dtype=dtype, rngs=rngs) if projected else None
         self.project_out = Linear(wide, narrow, dtype=dtype, rngs=rngs) if projected else None
         if projected:
-            sizes = (config.vocab_size, config.token_dim)
-            self.embed = Embedding(*sizes, dtype=dtype, rngs=rngs)
-            self.head = self.head and Embedding(*sizes, dtype=dtype, rngs=rngs)
+            table = functools.partial(
+                Embedding,
+                config.vocab_size,
+                config.token_dim,
+                axis="token_embed",
+                padding=config.vocab_padding,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            self.embed, self.head = table(), self.head and table()
 
     def embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """int32 [T] twice -> what the first layer reads, [T, E]."""

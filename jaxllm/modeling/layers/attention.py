@@ -16,7 +16,8 @@ class Attention(nnx.Module):
     """Grouped-query attention, with rotary positions where the step has them.
 
     Queries, keys and values are one weight `[K, G+2, D, E]`: a KV head with its
-    query heads lies together, so a device that owns the KV head owns them all.
+    query heads lies together, so a device that owns the KV head owns them all. Where
+    there are more devices than KV heads, each has a copy and its share of the queries.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class Attention(nnx.Module):
             {"embed": config.embed_dim},
             {"kv_heads": config.num_kv_heads, "parts": group + 2, "head_dim": config.head_dim},
             parts=(group, 1, 1),
+            copies=(1, config.kv_copies, config.kv_copies) if config.kv_copies > 1 else (),
             bias=config.qkv_bias,
             dtype=dtype,
             rngs=rngs,
@@ -53,7 +55,7 @@ class Attention(nnx.Module):
         self, x: jax.Array, cache: LayerCache, ctx: Context
     ) -> tuple[jax.Array, LayerCache]:
         """[T, E] and this layer's cache -> [T, E] and the cache, written."""
-        qkv = self.qkv(x)  # [T, K, G+2, D]
+        qkv = self.qkv(ctx.sharder.whole(x))  # [T, K, G+2, D]
         q = qkv[:, :, : self.group_size]  # [T, K, G, D]
         k, v = qkv[:, :, self.group_size], qkv[:, :, self.group_size + 1]  # [T, K, D]
         if self.q_norm is not None and self.k_norm is not None:

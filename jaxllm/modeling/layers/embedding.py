@@ -17,17 +17,30 @@ class Embedding(nnx.Module):
         embed_dim: int,
         *,
         scale: float | None = None,
+        axis: str = "embed",
+        padding: int = 0,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        """Declares the table; `scale` multiplies what is looked up, and no logits."""
+        """Declares the table; `scale` multiplies what is looked up, and no logits.
+
+        Args:
+            vocab_size: Tokens of the checkpoint.
+            embed_dim: Numbers of a token.
+            scale: None for 1.
+            axis: Name of their axis.
+            padding: Further rows, which no token has: their logits are minus infinity.
+            dtype: Of the table.
+            rngs: Source of the initial values.
+        """
         self.weight = nnx.Param(
-            normal_init(rngs.params(), (vocab_size, embed_dim), embed_dim, dtype),
-            axes=("vocab", "embed"),
+            normal_init(rngs.params(), (vocab_size + padding, embed_dim), embed_dim, dtype),
+            axes=("vocab", axis),
             num_in=1,
             parts=(),
+            padding=padding,
         )
-        self.scale = scale
+        self.scale, self.vocab_size, self.padding = scale, vocab_size, padding
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32 [T] -> [T, E]."""
@@ -35,8 +48,15 @@ class Embedding(nnx.Module):
         return x if self.scale is None else scaled(x, self.scale)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """[R, E] -> float32 [R, V]."""
+        """[R, E] -> float32 [R, V], padding included."""
         return contract(x, self.weight[...])
+
+    def masked(self, logits: jax.Array) -> jax.Array:
+        """Returns logits [R, V] in which no padding can be chosen or counted."""
+        if not self.padding:
+            return logits
+        is_token = jnp.arange(logits.shape[1], dtype=jnp.int32) < self.vocab_size
+        return jnp.where(is_token[None], logits, -jnp.inf)
 
 
 class PositionEmbedding(nnx.Module):

@@ -81,6 +81,7 @@ class Linear(nnx.Module):
         outputs: Mapping[str, int],
         *,
         parts: tuple[int, ...] = (),
+        copies: tuple[int, ...] = (),
         bias: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -92,6 +93,7 @@ class Linear(nnx.Module):
             outputs: Size of each output axis by name, in order; the axis named
                 `parts` holds the fused maps and is never sharded.
             parts: How the checkpoint's tensors divide the axis `parts`.
+            copies: How often each part's rows come along the first axis (`abstract.Leaf`).
             bias: Whether there is a bias.
             dtype: Of the parameters.
             rngs: Source of the initial values.
@@ -104,12 +106,10 @@ class Linear(nnx.Module):
             axes=(*out_axes, *inputs),
             num_in=self.num_in,
             parts=parts,
+            copies=copies,
         )
-        self.bias = (
-            nnx.Param(jnp.zeros(out_shape, dtype), axes=out_axes, num_in=0, parts=parts)
-            if bias
-            else None
-        )
+        about = {"axes": out_axes, "num_in": 0, "parts": parts, "copies": copies}
+        self.bias = nnx.Param(jnp.zeros(out_shape, dtype), **about) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., *in] -> [..., *out], of the dtype of `x`."""
