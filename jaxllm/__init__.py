@@ -14,6 +14,7 @@ from jaxllm.errors import (
     RequestError,
     UnsupportedModelError,
 )
+from jaxllm.hardware import Hardware
 from jaxllm.inspection import Inspection, inspect
 from jaxllm.llm import LLM
 from jaxllm.logs import set_verbosity
@@ -24,6 +25,7 @@ from jaxllm.outputs import (
     Logprob,
     RequestOutput,
 )
+from jaxllm.plan import LayoutPlan, plan
 from jaxllm.sampling_params import (
     RepetitionDetectionParams,
     RequestOutputKind,
@@ -31,6 +33,7 @@ from jaxllm.sampling_params import (
 )
 from jaxllm.sharding.layouts import Layout
 from jaxllm.support import Support, supports
+from jaxllm.sweep import Sweep, SweepRow, sweep
 
 __version__ = "0.1.0"
 
@@ -42,9 +45,11 @@ __all__ = [
     "ConfigError",
     "FamilyImportError",
     "FlatLogprobs",
+    "Hardware",
     "Inspection",
     "JaxLLMError",
     "Layout",
+    "LayoutPlan",
     "Logprob",
     "NonFiniteError",
     "RepetitionDetectionParams",
@@ -53,9 +58,13 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "Support",
+    "Sweep",
+    "SweepRow",
     "UnsupportedModelError",
     "__version__",
     "inspect",
+    "plan",
     "set_verbosity",
     "supports",
+    "sweep",
 ]

@@ -1,8 +1,11 @@
 """The command `jaxllm`."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from jaxllm.errors import JaxLLMError
 
@@ -46,9 +49,73 @@ def parser() -> argparse.ArgumentParser:
     add_commands(bench)
     bench.set_defaults(run=run_bench)
 
+    _add_planners(commands)
+
     models = commands.add_parser("models", help="list the architectures that can be loaded")
     models.set_defaults(run=run_models)
     return top
+
+
+def _add_planners(commands: Any) -> None:
+    """Adds what needs no weights and no GPU."""
+    plan = commands.add_parser("plan", help="what a model needs under a layout; loads nothing")
+    plan.add_argument("model", help="hub id or folder; its config.json is read")
+    plan.add_argument("--layout", help="tensor, tensor:4, data_tensor:2x4, ... or a JSON file")
+    plan.add_argument("--batch", type=int, default=8, help="sequences over all engines")
+    plan.add_argument("--context", type=int, help="tokens of each")
+    plan.add_argument("--compile", action="store_true", help="compile its programs, and count")
+    _add_planning(plan)
+    plan.set_defaults(run=run_plan)
+
+    sweep = commands.add_parser("sweep", help="compare layouts, a row each")
+    sweep.add_argument("model", help="hub id or folder; its config.json is read")
+    sweep.add_argument("--layout", nargs="+", help="several; by default all of tensor x data")
+    sweep.add_argument("--batch", type=int, nargs="+", default=[8], help="one or several")
+    sweep.add_argument("--context", type=int, nargs="+", default=[1024], help="one or several")
+    sweep.add_argument("--level", default="plan", help="plan, compile or measure")
+    _add_planning(sweep)
+    sweep.set_defaults(run=run_sweep)
+
+
+def _add_planning(command: argparse.ArgumentParser) -> None:
+    """Adds what plan and sweep have in common."""
+    command.add_argument("--hardware", help="h200:8, say; by default what is here")
+    command.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    command.add_argument("--max-model-len", type=_length, help="most tokens of a sequence, or auto")
+    command.add_argument("--max-num-seqs", type=int, help="most sequences in a step")
+    command.add_argument("--max-num-batched-tokens", type=int, help="most tokens in a step")
+    command.add_argument("--json", metavar="FILE", help="write the figures, too")
+
+
+def _length(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _planning(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("hardware", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
+    return {name: getattr(args, name) for name in names}
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    """Prints the plan of a layout."""
+    from jaxllm.plan import plan
+
+    asked = {"batch": args.batch, "context": args.context, "compile": args.compile}
+    found = plan(args.model, layout=args.layout, **asked, **_planning(args))
+    print(found)
+    if args.json:
+        Path(args.json).write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    """Prints a row for each layout, batch and context."""
+    from jaxllm.sweep import sweep
+
+    asked = {"batch": args.batch, "context": args.context, "level": args.level}
+    found = sweep(args.model, args.layout, **asked, **_planning(args))
+    print(found)
+    if args.json:
+        found.save(args.json)
 
 
 def run_generate(args: argparse.Namespace) -> None:

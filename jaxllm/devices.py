@@ -1,6 +1,7 @@
 """What the machine is: platform, memory, element types. The one place that asks."""
 
 import os
+from dataclasses import dataclass
 
 import jax
 
@@ -16,6 +17,40 @@ DTYPES = {
 
 BFLOAT16_FROM = (8, 0)
 """First compute capability with bfloat16 units; XLA upcasts it to float32 on older ones."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """The memory of a device, which is here or only planned for; in bytes."""
+
+    name: str
+    platform: str
+    most: int
+    """All that there is."""
+
+    limit: int
+    """What an engine may use."""
+
+    in_use: int = 0
+    """What arrays of this process hold already."""
+
+
+def room_on(devices: list[jax.Device], fraction: float) -> Room:
+    """Returns the memory that each of some devices has, which are alike, as the fullest has it.
+
+    Args:
+        devices: Of all engines; those of one CPU share its memory.
+        fraction: As for `memory_limit`.
+    """
+    device = max(devices, key=memory_in_use)
+    sharing = len(devices) if device.platform == "cpu" else 1
+    return Room(
+        name=str(device),
+        platform=device.platform,
+        most=memory_limit(device, 1.0) // sharing,
+        limit=memory_limit(device, fraction) // sharing,
+        in_use=memory_in_use(device),
+    )
 
 
 def memory_limit(device: jax.Device, fraction: float) -> int:

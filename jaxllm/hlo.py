@@ -32,6 +32,7 @@ STARTS = {
     "all-gather-start": lambda count: slice(count // 2, None),
     "collective-permute-start": lambda count: slice(1, 2),
     "copy-start": lambda count: slice(0, 1),
+    "reduce-scatter-start": lambda count: slice(count // 2, None),
 }
 
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")

@@ -672,7 +672,7 @@ class LLM(metaclass=ExplainsKeywords):
         Raises:
             ConfigError: There is no such program.
         """
-        builder = self._live_engine().runner.builder
+        builder = engines_of(self._live_engine())[0].runner.builder
         wanted = Wanted(program=program, batch=batch, tokens=tokens, steps=steps, context=context)
         return inspect_program(builder, self._plan.config, self._name, wanted)
 

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from jaxllm.buckets import Buckets
-from jaxllm.cache.kv_cache import bytes_per_token
+from jaxllm.cache.kv_cache import bytes_per_token_of_a_device
 from jaxllm.cache.memory import (
     GIB,
     MemoryPlan,
@@ -28,7 +28,7 @@ from jaxllm.cache.memory import (
     temp_bound,
 )
 from jaxllm.config import EngineConfig
-from jaxllm.devices import memory_in_use, memory_limit, resolve_dtype
+from jaxllm.devices import Room, resolve_dtype, room_on
 from jaxllm.errors import ConfigError
 from jaxllm.logs import shows_progress
 from jaxllm.modeling import registry, weights
@@ -37,6 +37,7 @@ from jaxllm.modeling.config import ModelConfig, with_length
 from jaxllm.modeling.fitting import fit
 from jaxllm.sampling_params import as_integer
 from jaxllm.sharding.apply import Sharder
+from jaxllm.sharding.layouts import Layout
 
 logger = logging.getLogger("jaxllm")
 
@@ -191,7 +192,9 @@ def plan_load(
     config = with_length(config, length)
     model = abstract_model(config, family.build, dtype, sharder)
     sources = weights.match(model, checkpoint, family.WEIGHTS, ignored) if checkpoint else []
-    memory = _plan_memory(wishes, config, engine, model, [sharder, *others])
+    devices = [device for one in (sharder, *others) for device in one.mesh.devices.flat]
+    room = room_on(devices, memory_fraction(wishes, device.platform))
+    memory = fit_cache(wishes, config, engine, model, sharder.layout, room)
     if memory.max_model_len != length:  # rotations may depend on it; no shape does
         engine = replace(engine, max_model_len=memory.max_model_len)
         config = with_length(config, memory.max_model_len)
@@ -323,52 +326,69 @@ def _allows_long() -> bool:
     return any(os.environ.get(f"{prefix}_{name}") == "1" for prefix in ("JAXLLM", "VLLM"))
 
 
-def _plan_memory(
+def memory_fraction(wishes: Wishes, platform: str) -> float:
+    """Returns the share of a device's memory that an engine may use."""
+    default = DEFAULTS["cpu" if platform == "cpu" else "gpu"]["memory_fraction"]
+    return wishes.memory_fraction or default
+
+
+def reserved_temp(
+    config: ModelConfig, engine: EngineConfig, model: AbstractModel, layout: Layout, platform: str
+) -> int:
+    """Returns the bytes of each device that neither weights nor cache may take."""
+    temp = temp_bound(config, engine, Buckets(engine).largest())
+    # Made when the first penalty is asked for.
+    temp += counts_bytes(config, engine) // layout.split("vocab")
+    return temp if platform == "cpu" else temp + autotune_bytes(model.largest_leaf_per_device())
+
+
+def fit_cache(
     wishes: Wishes,
     config: ModelConfig,
     engine: EngineConfig,
     model: AbstractModel,
-    where: Sequence[Sharder],
+    layout: Layout,
+    room: Room,
 ) -> MemoryPlan:
-    devices = [device for sharder in where for device in sharder.mesh.devices.flat]
-    device, layout = devices[0], where[0].layout
-    on_cpu = device.platform == "cpu"
-    fraction = wishes.memory_fraction
-    sharing = len(devices) if on_cpu else 1  # whose devices have one memory
-    most = memory_limit(device, 1.0) // sharing
-    if wishes.cache_bytes is not None and wishes.cache_bytes > most:
+    """Returns what the memory of each device is used for; the devices need not be here.
+
+    Args:
+        wishes: Of the caller.
+        config: Of the model, as it fits the layout.
+        engine: Of the wishes.
+        model: Under the layout.
+        layout: Of one engine.
+        room: On each of its devices, for `memory_fraction`.
+
+    Raises:
+        ConfigError: The model does not fit, or not one sequence beside it.
+    """
+    if wishes.cache_bytes is not None and wishes.cache_bytes > room.most:
         raise ConfigError(
-            f"kv_cache_memory_bytes={wishes.cache_bytes} is more than the {most} bytes of memory "
-            "that there are. Use fewer, or leave it out."
+            f"kv_cache_memory_bytes={wishes.cache_bytes} is more than the {room.most} bytes of "
+            "memory that there are. Use fewer, or leave it out."
         )
-    in_use = max(map(memory_in_use, devices))
-    fraction_used = fraction or DEFAULTS["cpu" if on_cpu else "gpu"]["memory_fraction"]
-    limit = memory_limit(device, fraction_used) // sharing
-    token_bytes = bytes_per_token(model.cache_specs, engine.dtype) // layout.split("kv_heads")
+    token_bytes = bytes_per_token_of_a_device(model.cache_specs, engine.dtype, layout)
     weight_bytes = model.bytes_per_device()
-    if weight_bytes > most:  # kv_cache_memory_bytes does not ask what else there is
+    if weight_bytes > room.most:  # kv_cache_memory_bytes does not ask what else there is
         raise ConfigError(
             f"The model does not fit: its weights take {weight_bytes / GIB:,.1f} GiB in "
-            f"{engine.dtype}, and there are {most / GIB:,.1f} GiB of memory. Use a smaller model, "
-            "or check the sizes in config.json."
+            f"{engine.dtype}, and there are {room.most / GIB:,.1f} GiB of memory. Use a smaller "
+            "model, or check the sizes in config.json."
         )
-    temp = temp_bound(config, engine, Buckets(engine).largest())
-    # Made when the first penalty is asked for.
-    temp += counts_bytes(config, engine) // layout.split("vocab")
-    if not on_cpu:
-        temp += autotune_bytes(model.largest_leaf_per_device())
+    temp = reserved_temp(config, engine, model, layout, room.platform)
     cache_bytes = wishes.cache_bytes
     if wishes.num_pages is not None:
         cache_bytes = (wishes.num_pages + 1) * engine.page_size * token_bytes  # and the trash page
-    if cache_bytes is None and on_cpu:
+    if cache_bytes is None and room.platform == "cpu":
         sequence = (engine.pages_per_seq + 1) * engine.page_size * token_bytes
         every = engine.max_num_seqs * sequence  # all rows at full length: more is of no use
-        some = every if fraction is not None else max(CPU_CACHE, sequence)
-        cache_bytes = min(some, every, limit - weight_bytes - temp)
+        some = every if wishes.memory_fraction is not None else max(CPU_CACHE, sequence)
+        cache_bytes = min(some, every, room.limit - weight_bytes - temp)
     try:
         return plan_memory(
             engine=engine,
-            limit=limit - in_use,
+            limit=room.limit - room.in_use,
             weights=weight_bytes,
             temp=temp,
             token_bytes=token_bytes,
@@ -376,11 +396,11 @@ def _plan_memory(
             fit_length=wishes.max_model_len in ("auto", -1),
         )
     except ConfigError as error:
-        if not in_use:
+        if not room.in_use:
             raise
         raise ConfigError(
-            f"{error} Other arrays of this process hold {in_use / GIB:.3f} GiB of {device}: if a "
-            "former LLM does, call its close() before you make the next one."
+            f"{error} Other arrays of this process hold {room.in_use / GIB:.3f} GiB of "
+            f"{room.name}: if a former LLM does, call its close() before you make the next one."
         ) from error
 
 

@@ -5,6 +5,8 @@ Read from a compiled program, for a device that is here or only compiled for
 it knows no model. Sizes are those of one device.
 """
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -90,6 +92,9 @@ class Collective:
     source: str
     runs: int
     """How often, in one call of the program."""
+
+    devices: int
+    """That take part together; 0: all there are."""
 
     @property
     def num_bytes(self) -> int:
@@ -271,7 +276,21 @@ def _collectives(module: Module) -> Iterator[Collective]:
             opcode = inner.opcode.removesuffix("-start")
             if opcode in COLLECTIVES:
                 arrays = tuple(array for array, _ in module.results(inner))
-                yield Collective(opcode, arrays, inner.source, module.runs(where))
+                devices = _group_size(inner.attributes)
+                yield Collective(opcode, arrays, inner.source, module.runs(where), devices)
+
+
+def _group_size(attributes: str) -> int:
+    """Returns how many devices a collective has in each of its groups; 0 where it does not say."""
+    # Three spellings: axes of a mesh, groups x size over a list of all, or the groups.
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
+        return int(found[1])
+    found = re.search(r"replica_groups=\{\{([\d, ]*)\}", attributes)
+    return len(found[1].split(",")) if found else 0
 
 
 def _loops(module: Module) -> Iterator[Loop]:

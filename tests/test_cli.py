@@ -1,11 +1,13 @@
 """The command line."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 
+from jaxllm import Sweep
 from jaxllm.cli import main
 
 
@@ -40,6 +42,36 @@ def test_a_wrong_model_is_a_sentence_and_no_traceback(capsys):
 def test_models_lists_the_registry(capsys):
     assert main(["models"]) == 0
     assert "LlamaForCausalLM" in capsys.readouterr().out
+
+
+def test_plan_prints_a_table_and_writes_its_figures(capsys, tmp_path):
+    out = tmp_path / "plan.json"
+    asked = ["--layout", "tensor:2", "--hardware", "h200:8", "--batch", "4", "--json", str(out)]
+
+    status = main(["plan", "demo", *asked, "--max-model-len", "256"])
+
+    assert status == 0
+    assert "layout tensor:2 on h200:2" in capsys.readouterr().out
+    stated = json.loads(out.read_text())
+    assert (stated["batch"], stated["max_model_len"], stated["fits"]) == (4, 256, True)
+
+
+def test_sweep_prints_a_row_a_layout_and_writes_what_load_reads(capsys, tmp_path):
+    out = tmp_path / "sweep.json"
+    asked = ["--layout", "tensor:2", "tensor:5", "--hardware", "h200:8", "--context", "64", "128"]
+
+    status = main(["sweep", "demo", *asked, "--json", str(out)])
+
+    assert status == 0
+    printed = capsys.readouterr().out
+    assert "tensor:2" in printed
+    assert "does not divide" in printed
+    assert [row.context for row in Sweep.load(out)] == [64, 128] * 2
+
+
+def test_a_wrong_layout_is_a_sentence(capsys):
+    assert main(["plan", "demo", "--layout", "tensr", "--hardware", "h200"]) == 2
+    assert "did you mean 'tensor'?" in capsys.readouterr().err
 
 
 def test_unknown_command_shows_the_usage(capsys):

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxllm.cache.spec import CacheSpec
 from jaxllm.pallas_kernels.attention import LayerCache, tuning_for
 from jaxllm.sharding.apply import Sharder
+from jaxllm.sharding.layouts import Layout
 
 AXIS_NAMES = {"P": "pages", "S": None, "K": "kv_heads", "D": None}
 
@@ -56,3 +57,10 @@ def allocate(abstract: Caches, fill: Callable[..., jax.Array] = jnp.zeros) -> Ca
 def bytes_per_token(specs: Sequence[CacheSpec], dtype: DTypeLike) -> int:
     """Bytes that one token takes over all layers and devices."""
     return sum(spec.elements_per_token() for spec in specs) * jnp.dtype(dtype).itemsize
+
+
+def bytes_per_token_of_a_device(
+    specs: Sequence[CacheSpec], dtype: DTypeLike, layout: Layout
+) -> int:
+    """Bytes that one token takes over all layers, on a device with its share of the heads."""
+    return bytes_per_token(specs, dtype) // layout.split("kv_heads")

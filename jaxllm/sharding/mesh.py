@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxllm.errors import ConfigError
 from jaxllm.sharding.layouts import Layout
@@ -30,3 +30,10 @@ def make_mesh(layout: Layout, devices: Sequence[jax.Device] | None = None) -> Me
         )
     grid = np.array(devices[:needed]).reshape(tuple(sizes.values()))
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def abstract_mesh(layout: Layout) -> AbstractMesh:
+    """Returns the mesh of a layout without devices: enough for the shapes of shards."""
+    sizes = layout.mesh
+    kinds = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
