@@ -342,7 +342,8 @@ COLUMNS = (
 
 
 def _name(row: SweepRow) -> str:
-    return f"{row.layout}, batch {row.batch}, context {row.context}"
+    context = f", context {row.context}" if row.context else ""
+    return f"{row.layout}, batch {row.batch}{context}"
 
 
 def sweep(  # noqa: PLR0913
