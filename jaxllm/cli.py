@@ -70,8 +70,10 @@ def _add_planners(commands: Any) -> None:
     sweep = commands.add_parser("sweep", help="compare layouts, a row each")
     sweep.add_argument("model", help="hub id or folder; its config.json is read")
     sweep.add_argument("--layout", nargs="+", help="several; by default all of tensor x data")
-    sweep.add_argument("--batch", type=int, nargs="+", default=[8], help="one or several")
-    sweep.add_argument("--context", type=int, nargs="+", default=[1024], help="one or several")
+    sweep.add_argument(
+        "--batch", type=int, nargs="+", default=[8], help="sequences; one or several"
+    )
+    sweep.add_argument("--context", type=int, nargs="+", help="tokens of each; one or several")
     sweep.add_argument("--level", default="plan", help="plan, compile or measure")
     _add_planning(sweep)
     sweep.set_defaults(run=run_sweep)

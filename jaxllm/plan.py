@@ -342,8 +342,8 @@ def plan(  # noqa: PLR0913
             holds: a dict, or a config object of transformers.
         layout: As for `LLM`; with its sizes "tensor:4", or "data_tensor:2x4" for 2 engines on
             4 devices each. A preset without sizes takes all devices; by default "tensor".
-        hardware: "h200:8", say: a key of `hardware.HARDWARE` and how many; "cpu:8"; None for
-            this machine's CPU; a `Hardware` or a dict, for numbers of your own.
+        hardware: "h200:8", say: a key of `hardware.HARDWARE` and how many; "cpu:8"; a
+            `Hardware` or a dict, for numbers of your own; by default what this machine has.
         tensor_parallel_size: As for `LLM`.
         data_parallel_size: As for `LLM`.
         batch: Sequences, over all engines.

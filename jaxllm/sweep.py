@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -26,7 +27,6 @@ from jaxllm.logs import shows_progress
 from jaxllm.modeling.registry import Overrides
 from jaxllm.plan import (
     DEFAULT_BATCH,
-    DEFAULT_CONTEXT,
     LayoutPlan,
     columns,
     compiled,
@@ -47,6 +47,7 @@ from jaxllm.planner import (
 from jaxllm.progress import Progress
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.sharding.choice import LayoutLike
+from jaxllm.sharding.gpu_topology import CARDS
 from jaxllm.sharding.layouts import Layout
 
 LEVELS = ("plan", "compile", "measure")
@@ -100,7 +101,7 @@ class SweepRow:
     """Of all engines."""
 
     batch: int
-    context: int
+    context: int | None
     fits: bool = False
     weight_bytes: int | None = None
     temp_bytes: int | None = None
@@ -322,7 +323,7 @@ def _sent(transfers: str | None) -> str:
 COLUMNS = (
     Column("layout", "plan", lambda row: row.layout),
     Column("batch", "plan", lambda row: f"{row.batch:,}"),
-    Column("context", "plan", lambda row: f"{row.context:,}"),
+    Column("context", "plan", lambda row: f"{row.context:,}" if row.context else "-"),
     Column("weights", "plan", lambda row: _gib(row.weight_bytes)),
     Column("temp", "plan", lambda row: _gib(row.temp_bytes)),
     Column("KV tokens", "plan", _tokens),
@@ -341,7 +342,8 @@ COLUMNS = (
 
 
 def _name(row: SweepRow) -> str:
-    return f"{row.layout}, batch {row.batch}, context {row.context}"
+    context = f", context {row.context}" if row.context else ""
+    return f"{row.layout}, batch {row.batch}{context}"
 
 
 def sweep(  # noqa: PLR0913
@@ -350,7 +352,7 @@ def sweep(  # noqa: PLR0913
     *,
     hardware: str | Mapping[str, Any] | Hardware | None = None,
     batch: int | Sequence[int] = DEFAULT_BATCH,
-    context: int | Sequence[int] = DEFAULT_CONTEXT,
+    context: int | Sequence[int] | None = None,
     level: str = "plan",
     dtype: str = "auto",
     max_model_len: int | str | None = None,
@@ -372,7 +374,7 @@ def sweep(  # noqa: PLR0913
             the mixtures of the two that use all devices.
         hardware: As for `plan`; by default what this machine has.
         batch: Sequences over all engines; or several numbers.
-        context: Tokens of each; or several numbers.
+        context: Tokens of each, as for `plan`; or several numbers.
         level: "plan" for arithmetic; "compile" for the programs, too; "measure" runs each
             layout on the devices that are here, with random weights.
         dtype: As for `LLM`, and so the rest.
@@ -414,12 +416,14 @@ def sweep(  # noqa: PLR0913
     )
     hf = read_config(model, hf_overrides, revision, hf_token)
     planner = Planner(model_name(model, hf), hf, wishes, parse(hardware))
+    if level == "measure":
+        _require_here(planner.hardware)
     asked = _layouts(layouts, planner.hardware)
     cases = [
         (one, size, length)
         for one in asked
         for size in _numbers("batch", batch)
-        for length in _numbers("context", context)
+        for length in ([None] if context is None else _numbers("context", context))
     ]
     rows = []
     with Compiler(planner) as compiler:
@@ -432,6 +436,19 @@ def sweep(  # noqa: PLR0913
         level=level,
         seconds=time.perf_counter() - start,
     )
+
+
+def _require_here(hardware: Hardware) -> None:
+    """Raises where predictions would be of another machine than the measurements."""
+    device = jax.devices()[0]
+    kind = CARDS[hardware.target].name if hardware.target else device.device_kind
+    on_cpu = device.platform == "cpu"  # JAX calls a GPU "gpu" or "cuda"
+    if on_cpu != (hardware.platform == "cpu") or kind != device.device_kind:
+        raise ConfigError(
+            f"level='measure' runs on the devices that are here, {device.device_kind!r}, and "
+            f"hardware={hardware.name!r} is another. Leave hardware out, or use level='plan' or "
+            "'compile'."
+        )
 
 
 def _layouts(
@@ -473,11 +490,16 @@ def _shown(cases: Sequence[Any], use_tqdm: Progress) -> Iterator[Any]:
 
 
 def _row(
-    planner: Planner, compiler: Compiler, given: LayoutLike, batch: int, context: int, level: str
+    planner: Planner,
+    compiler: Compiler,
+    given: LayoutLike,
+    batch: int,
+    context: int | None,
+    level: str,
 ) -> SweepRow:
     """Returns a row, also where something fails: then with the sentence that says so."""
     about = {"layout": _given_name(given), "engines": 0, "devices": 0}
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {"context": context}
     try:
         layout = layout_for(given, planner.hardware)
         engines, devices = layout.num_replicas, layout.num_devices
@@ -488,11 +510,11 @@ def _row(
             found = compiled(found, compiler)
             figures |= _as_compiled(found)
         if level == "measure" and found.fits:
-            figures |= _as_measured(measure(planner, layout, batch, context), batch)
+            figures |= _as_measured(measure(planner, layout, batch, found.context), batch)
         figures |= {"plan": found, "error": found.problem}
     except JaxLLMError as error:
         figures["error"] = str(error)
-    return SweepRow(**about, batch=batch, context=context, **figures)
+    return SweepRow(**about, batch=batch, **figures)
 
 
 def _given_name(given: LayoutLike) -> str:
@@ -504,6 +526,7 @@ def _given_name(given: LayoutLike) -> str:
 def _planned(found: LayoutPlan) -> dict[str, Any]:
     each = ", ".join(f"{n} {name}" for name, n in found.transfers_per_layer().items())
     return {
+        "context": found.context,
         "fits": found.fits,
         "weight_bytes": found.weight_bytes,
         "temp_bytes": found.temp_bytes,
@@ -544,7 +567,7 @@ def _as_measured(found: Measured, batch: int) -> dict[str, Any]:
 def measure(planner: Planner, layout: Layout, batch: int, context: int) -> Measured:
     """Runs a layout on the devices that are here, with random weights and random prompts.
 
-    The cells of a table that says what is fast: each time is the shortest of several.
+    A time is the shortest of several, after one in which programs are compiled.
 
     Args:
         planner: Of the model.

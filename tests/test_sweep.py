@@ -73,6 +73,13 @@ def test_a_layout_that_fails_is_a_row_with_its_reason():
     assert found.best().layout == "tensor:8"
 
 
+def test_by_default_the_context_is_one_that_the_model_has(checkpoints):
+    found = sweep(checkpoints("llama"), ["tensor:2", "tensor:3"], hardware="h200:8", use_tqdm=False)
+
+    assert [row.context for row in found] == [128, None]
+    assert "does not divide" in found[1].error
+
+
 def test_a_model_that_fits_nowhere_has_rows_and_no_best():
     found = sweep(LLAMA_70B, hardware="l4:2", max_model_len=4096, use_tqdm=False)
 
@@ -175,6 +182,10 @@ REFUSED = {
     "none": ({"layouts": []}, r"layouts=\[\] is empty"),
     "batch": ({"batch": [8, 0]}, r"batch=\[8, 0\] must be a number of at least 1, or a list"),
     "context": ({"context": "long"}, "context='long' must be a number"),
+    "elsewhere": (
+        {"level": "measure"},
+        r"runs on the devices that are here, 'cpu', and hardware='h200' is another. Leave",
+    ),
     "hardware": ({"hardware": "abacus"}, "hardware='abacus' is not known"),
 }
 
