@@ -60,6 +60,7 @@ class Buckets:
     def __init__(self, config: EngineConfig) -> None:
         self.block_q = config.block_q
         self.page_size = config.page_size
+        self.max_model_len = config.max_model_len
         self.rows = powers_of_two(config.min_rows, config.max_num_seqs)
         self.mixed_rows = tuple(sorted({min(FEW_ROWS, self.rows[-1]), self.rows[-1]}))
         most = config.max_num_batched_tokens
@@ -69,8 +70,10 @@ class Buckets:
 
     def of(self, plan: StepPlan) -> Bucket:
         """Returns the bucket of a step."""
-        longest = max(row.stop for row in plan.rows)
-        width = at_least(self.widths, -(-(longest + plan.lookahead - 1) // self.page_size))
+        longest = max(row.stop for row in plan.rows) + plan.lookahead - 1
+        # A launch of several steps goes on for rows that end in it; they write no page.
+        longest = min(longest, self.max_model_len)
+        width = at_least(self.widths, -(-longest // self.page_size))
         if all(row.num_tokens == 1 and row.samples for row in plan.rows):
             return self.decode(at_least(self.rows, len(plan.rows)), width)
         rows = at_least(self.mixed_rows, len(plan.rows))

@@ -2,8 +2,10 @@
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
+from jax._src import xla_bridge
 
 from jaxllm.errors import ConfigError
 
@@ -65,11 +67,8 @@ def memory_limit(device: jax.Device, fraction: float) -> int:
     if device.platform == "cpu":
         return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * fraction)
     limit = device.memory_stats()["bytes_limit"]
-    started_with = float(
-        os.environ.get("XLA_CLIENT_MEM_FRACTION")
-        or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
-        or 0.75
-    )
+    set_to = [os.environ[name] for name in MEMORY_VARIABLES if os.environ.get(name)]
+    started_with = float(set_to[0] if set_to else DEFAULT_FRACTION)
     return int(min(limit, limit / started_with * fraction))
 
 
@@ -78,14 +77,50 @@ def memory_in_use(device: jax.Device) -> int:
     return 0 if device.platform == "cpu" else device.memory_stats()["bytes_in_use"]
 
 
+MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""Share of a GPU that JAX's allocator takes when the backend starts; the second is the old name,
+and jaxlib refuses to have both."""
+
+SetBy = Literal["user", "jaxllm", "too late"]
+
+_memory_set_by: SetBy | None = None
+
+
 def reserve_memory(fraction: float) -> None:
     """Sets the share of a GPU that JAX's allocator takes, where the user has set none.
 
     It has an effect only before the backend starts; later, what JAX has is used.
     """
-    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-    if not any(name in os.environ for name in names):
-        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{fraction:.3f}"
+    global _memory_set_by  # the first model decides for the whole process
+    if _memory_set_by is not None:
+        return
+    if any(name in os.environ for name in MEMORY_VARIABLES):
+        _memory_set_by = "user"
+    elif has_started():
+        _memory_set_by = "too late"
+    else:
+        os.environ[MEMORY_VARIABLES[0]] = f"{fraction:.3f}"
+        _memory_set_by = "jaxllm"
+
+
+def memory_setting() -> tuple[str, str, SetBy]:
+    """Returns the variable of the memory's share, its value, and who set it."""
+    set_by = _memory_set_by or ("too late" if has_started() else "user")
+    for name in MEMORY_VARIABLES:
+        if name in os.environ:
+            return name, os.environ[name], set_by
+    return MEMORY_VARIABLES[0], DEFAULT_FRACTION, set_by
+
+
+DEFAULT_FRACTION = "0.75"
+"""Of JAX."""
+
+
+def has_started() -> bool:
+    """Whether JAX has started its backends, which read their settings then and never again."""
+    # JAX has no public way to ask; where this one is gone, settings are reported as in time.
+    asked = getattr(xla_bridge, "backends_are_initialized", None)
+    return bool(asked and asked())
 
 
 def resolve_dtype(asked: str, stored: str, device: jax.Device, *, overflows: bool = False) -> str:

@@ -102,7 +102,7 @@ class Engine:
             self.recover()  # the last call's own recovery was interrupted
         self.in_call = frozenset(request.request_id for request in requests)
         try:
-            with interrupts.noticed():
+            with interrupts.noticed(), self.runner.programs.watched():
                 for request in requests:
                     if request.request_id not in self.requests and not request.is_finished:
                         self.add_request(request)
@@ -204,7 +204,8 @@ class Engine:
     def program_key(self, plan: StepPlan) -> ProgramKey:
         """Returns the program of a plan: the shapes, and only what its rows ask for."""
         flags = self.flag_sets.serving(flags_of(plan.rows))
-        return ProgramKey(self.buckets.of(plan), plan.lookahead, flags)
+        wanted = ProgramKey(self.buckets.of(plan), plan.lookahead, flags)
+        return self.runner.programs.serving(wanted)
 
     def _collect(self) -> list[Request]:
         """Removes and returns the requests whose last sequence has ended."""

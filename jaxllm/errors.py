@@ -37,6 +37,10 @@ class OutOfPagesError(JaxLLMError):
     """The page pool was asked for more pages than are free: a bug of the scheduler."""
 
 
+class RecompileError(JaxLLMError):
+    """Something was compiled after warm-up, and `JAXLLM_RECOMPILE=error` forbids it."""
+
+
 class NonFiniteError(JaxLLMError):
     """The model gave NaN or infinite logits."""
 

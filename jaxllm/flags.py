@@ -7,7 +7,7 @@ far these have come, so that a batch keeps its program. No JAX here.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from jaxllm.sampling_params import SamplingParams
@@ -112,21 +112,27 @@ def has_penalties(params: SamplingParams) -> bool:
 
 def flags_of(rows: Sequence[PlannedRow]) -> SamplingFlags:
     """Returns what these rows ask for; those that do not sample yet count too."""
-    params = [row.seq.params for row in rows]
     rules = [row.seq.rules for row in rows]
     asked = [row.seq.num_logprobs for row in rows]
     scored = [row.seq.scoring.num_top for row in rows if row.seq.scoring and len(row.scored())]
+    return replace(
+        flags_of_params([row.seq.params for row in rows]),
+        edits=edits_bucket(max(r.num_edits for r in rules)),
+        mask_words=max(r.mask_words for r in rules),
+        logprobs=logprobs_bucket(max((n for n in asked if n is not None), default=None)),
+        scored=logprobs_bucket(max(scored, default=None)),
+    )
+
+
+def flags_of_params(params: Sequence[SamplingParams]) -> SamplingFlags:
+    """Returns what these parameters ask for by themselves, without rules on single tokens."""
     return SamplingFlags(
         sampled=any(not p.is_greedy for p in params),
         min_p=any(p.min_p > 0 for p in params),
         top_k=any(p.top_k > 0 for p in params),
         top_p=any(p.top_p < 1 for p in params),
         penalties=any(has_penalties(p) for p in params),
-        edits=edits_bucket(max(r.num_edits for r in rules)),
-        mask_words=max(r.mask_words for r in rules),
-        logprobs=logprobs_bucket(max((n for n in asked if n is not None), default=None)),
         logprob_ids=edits_bucket(max(len(p.logprob_token_ids or ()) for p in params)),
-        scored=logprobs_bucket(max(scored, default=None)),
     )
 
 

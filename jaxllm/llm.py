@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jaxllm.chat import parse_conversations, render
 from jaxllm.devices import reserve_memory
 from jaxllm.engine import Engine
 from jaxllm.errors import ConfigError, JaxLLMError, RequestError
+from jaxllm.flags import NO_FLAGS, flags_of_params
 from jaxllm.generation_defaults import default_sampling_params
 from jaxllm.hub import PATTERNS, WITHOUT_WEIGHTS, local_folder
 from jaxllm.inspection import Inspection, Wanted, inspect_program
@@ -35,10 +36,12 @@ from jaxllm.loading import (
 from jaxllm.logs import configure
 from jaxllm.modeling.registry import Overrides
 from jaxllm.outputs import CompletionScore, RequestOutput
+from jaxllm.program_cache import asked_guard
 from jaxllm.programs import ProgramBuilder
 from jaxllm.progress import Progress, ProgressBar
 from jaxllm.prompts import parse_each, parse_prompts
-from jaxllm.replicas import Replicas, as_one, engines_of, make_engines, stats_of
+from jaxllm.replicas import Replicas, as_one, engines_of, make_engines
+from jaxllm.report import Report, report_of
 from jaxllm.request_builder import RequestBuilder
 from jaxllm.results import Results, delta
 from jaxllm.sampling_params import (
@@ -51,13 +54,16 @@ from jaxllm.sampling_params import (
 from jaxllm.sequence import Request
 from jaxllm.sharding.apply import Sharder
 from jaxllm.sharding.choice import LayoutLike, sharders
+from jaxllm.stats import Stats, stats_of
 from jaxllm.tokenizer import encode, load_tokenizer
+from jaxllm.warm_up import Background, program_keys, warm_up
 
 logger = logging.getLogger("jaxllm")
 
 Prompts = str | dict[str, Any] | Sequence[int] | Sequence[str | dict[str, Any] | Sequence[int]]
 Params = SamplingParams | Sequence[SamplingParams] | None
 OnError = Literal["raise", "return"]
+WarmUp = Literal["lazy", "background", "full"]
 
 
 class LLM(metaclass=ExplainsKeywords):
@@ -112,7 +118,12 @@ class LLM(metaclass=ExplainsKeywords):
         override_generation_config: Values that replace those defaults.
         chat_template: Default of `chat`: Jinja text, a file, or a name of the tokenizer's.
         enforce_eager: Taken and not used: programs are compiled as they are needed.
-        use_tqdm_on_load: Show a progress bar while weights are read.
+        warmup: When programs are compiled. "lazy": each when a step needs it. "background":
+            a thread compiles them too, the likeliest first, and while the one that a step needs
+            is not ready a larger one serves. "full": all that greedy and default requests can
+            need, before the constructor returns; what is compiled later is warned of, or an
+            error with JAXLLM_RECOMPILE=error.
+        use_tqdm_on_load: Show progress bars while weights are read and programs compiled.
 
     Raises:
         CheckpointError: `model` is no checkpoint, or is damaged.
@@ -160,6 +171,7 @@ class LLM(metaclass=ExplainsKeywords):
         generation_config: str | Path = "auto",
         override_generation_config: Mapping[str, Any] | None = None,
         chat_template: str | Path | None = None,
+        warmup: WarmUp = "lazy",
         use_tqdm_on_load: bool = True,
         enforce_eager: bool = False,
     ) -> None:
@@ -168,6 +180,8 @@ class LLM(metaclass=ExplainsKeywords):
         compile_cache.enable()
         start = time.perf_counter()
         self._engine: Engine | Replicas | None = None
+        self._backgrounds: list[Background] = []
+        self._warmup = _checked_warmup(warmup)
         random = _generator(seed)
         wishes = Wishes(
             dtype=dtype,
@@ -218,6 +232,7 @@ class LLM(metaclass=ExplainsKeywords):
         params = load_params(plan, seed=int(seed or 0) & 0x7FFFFFFF, show_progress=use_tqdm_on_load)
         builder = ProgramBuilder(plan.model, plan.engine, sharder, plan.memory.num_pages)
         self._engine = as_one(make_engines(builder, params, others))
+        self._compile_ahead(warmup, show_progress=use_tqdm_on_load)
         where = [sharder, *others]
         logger.info("%s", _summary(self._name, plan, where, time.perf_counter() - start))
         for note in plan.notes:
@@ -651,9 +666,36 @@ class LLM(metaclass=ExplainsKeywords):
         """Most tokens of one sequence."""
         return self._plan.engine.max_model_len
 
-    def stats(self) -> dict[str, Any]:
-        """Returns counts since the start: steps, tokens, padding, times, cache use."""
-        return stats_of(self._live_engine())
+    def stats(self) -> Stats:
+        """Returns counts since the start: steps, tokens, padding, times, programs, cache use."""
+        return stats_of(engines_of(self._live_engine()))
+
+    def report(self) -> Report:
+        """Returns what the model runs on and with: machine, versions, memory, programs, settings.
+
+        Each setting of JAX and XLA that matters is there, with who set it and why.
+        """
+        tables = [one.runner.programs for one in engines_of(self._live_engine())]
+        return report_of(self._name, self._plan, tables, self._warmup)
+
+    def _compile_ahead(self, warmup: WarmUp, *, show_progress: bool) -> None:
+        """Compiles now what greedy and default requests need, or starts a thread that does."""
+        if warmup == "lazy":
+            return
+        tables = [one.runner.programs for one in engines_of(self._live_engine())]
+        flags = dict.fromkeys((flags_of_params([self._defaults]), NO_FLAGS))
+        keys = program_keys(self._plan.engine, list(flags))
+        if warmup == "background":
+            self._backgrounds = [Background(table, keys) for table in tables]
+            return
+        try:
+            warm_up(tables, keys, show_progress=show_progress)
+        except BaseException:
+            self.close()
+            raise
+        for table in tables:
+            table.guard = asked_guard()
+
 
     def inspect(
         self,
@@ -685,6 +727,8 @@ class LLM(metaclass=ExplainsKeywords):
         engine, self._engine = self._engine, None
         if engine is None:
             return
+        for background in self._backgrounds:
+            background.close()
         for one in engines_of(engine):
             one.runner.close()
         if isinstance(engine, Replicas):
@@ -773,6 +817,14 @@ def _checked(on_error: Any) -> OnError:
     if on_error not in ("raise", "return"):
         raise RequestError(f"on_error={on_error!r} must be 'raise' or 'return'.")
     return on_error
+
+
+def _checked_warmup(warmup: Any) -> WarmUp:
+    if warmup not in get_args(WarmUp):
+        raise ConfigError(f"warmup={warmup!r} is not one of {list(get_args(WarmUp))}.")
+    if warmup == "full":
+        asked_guard()  # what is wrong with it is said now and not minutes later
+    return warmup
 
 
 def _generator(seed: int | None) -> np.random.Generator:

@@ -11,16 +11,14 @@ builder holds: model, engine config, layout and mesh, never arrays. So the same
 builder serves real runs and compilation for a GPU where there is none.
 """
 
-import functools
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass, fields, replace
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 
-from jaxllm.buckets import Bucket
+from jaxllm.buckets import Bucket, powers_of_two
 from jaxllm.cache.kv_cache import abstract_caches
 from jaxllm.config import EngineConfig
 from jaxllm.flags import NO_FLAGS, SamplingFlags
@@ -36,12 +34,8 @@ from jaxllm.modeling.abstract import AbstractModel
 from jaxllm.modeling.decoder import Decoder
 from jaxllm.pallas_kernels.attention import PagedAttend, QueryBlocks, tuning_for
 from jaxllm.sampler import Vocabulary, choose, score_tokens
+from jaxllm.settings import compiler_options, platform_of
 from jaxllm.sharding.apply import Sharder
-
-GPU_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
-"""Of XLA. It takes a card that arguments fill, as weights and cache do, for one short of memory,
-and computes whole matrix products again to save kilobytes: for a full H200, 28 layers read 1.17x
-of their weights in a step. What temporaries need was set aside before (`cache.memory`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +54,72 @@ class ProgramKey:
         b = self.bucket
         shape = f"decode[{b.rows}]" if b.is_decode else f"mixed[{b.tokens}x{b.rows}]"
         return f"{shape} x{self.steps} width {b.width} {self.flags}".rstrip()
+
+    def serves(self, other: "ProgramKey") -> bool:
+        """Whether this program computes all that the other would, with more padding."""
+        mine, its = self.bucket, other.bucket
+        pairs = (
+            (mine.tokens, its.tokens),
+            (mine.rows, its.rows),
+            (mine.width, its.width),
+            (mine.decode_rows, its.decode_rows),
+            (mine.query_blocks, its.query_blocks),
+        )
+        return (
+            mine.is_decode == its.is_decode
+            and self.steps == other.steps
+            and all(a >= b for a, b in pairs)
+            and self.flags.serves(other.flags)
+        )
+
+    def changes(self, other: "ProgramKey") -> tuple[str, ...]:
+        """Returns what is different in the other, such as "rows 8 -> 16" or "flags +top_k"."""
+        if self.bucket.is_decode != other.bucket.is_decode:
+            kinds = ["decode" if k.bucket.is_decode else "mixed" for k in (self, other)]
+            return (f"{kinds[0]} -> {kinds[1]}",)
+        names = [field.name for field in fields(Bucket)]
+        if self.bucket.is_decode:  # which follow from its rows
+            names = [name for name in names if name not in ("tokens", "decode_rows")]
+        found = [(name, getattr(self.bucket, name), getattr(other.bucket, name)) for name in names]
+        found.append(("steps", self.steps, other.steps))
+        changed = [f"{name} {a} -> {b}" for name, a, b in found if a != b]
+        words = [set(str(k.flags).split()) for k in (self, other)]
+        flags = [f"+{word}" for word in sorted(words[1] - words[0])]
+        flags += [f"-{word}" for word in sorted(words[0] - words[1])]
+        return (*changed, *([f"flags {' '.join(flags)}"] if flags else []))
+
+
+@dataclass(frozen=True, slots=True)
+class CountKey:
+    """The program that sets the token counts of one row (`count_tokens`)."""
+
+    tokens: int
+    """Most tokens of the row (N)."""
+
+    def __str__(self) -> str:
+        """A short name for progress lines and statistics."""
+        return f"count_tokens[{self.tokens}]"
+
+    def serves(self, other: "CountKey") -> bool:
+        """Whether this program computes all that the other would, with more padding."""
+        return self.tokens >= other.tokens
+
+    def changes(self, other: "CountKey") -> tuple[str, ...]:
+        """Returns what is different in the other."""
+        return (f"tokens {self.tokens} -> {other.tokens}",) if self != other else ()
+
+
+MIN_COUNTED = 256
+"""Tokens of the smallest program that counts; larger ones are powers of two."""
+
+
+def count_key(num_tokens: int) -> CountKey:
+    """Returns the program that counts so many tokens of a row."""
+    return CountKey(powers_of_two(MIN_COUNTED, num_tokens)[-1])
+
+
+Key = ProgramKey | CountKey
+"""Names any program of an engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +163,19 @@ class ProgramBuilder:
         """[R, E] -> float32 [R, V], each device with its share of the vocabulary."""
         return self.sharder.pin(model.logits(hidden), None, "vocab")
 
-    def lower(self, key: ProgramKey) -> jax.stages.Lowered:
+    def lower(self, key: Key) -> jax.stages.Lowered:
         """Traces and lowers a program for the builder's mesh."""
+        return self._lower_step(key) if isinstance(key, ProgramKey) else self._lower_count(key)
+
+    def _lower_count(self, key: CountKey) -> jax.stages.Lowered:
+        counts, everywhere = self.counts_shape(), self.sharder.sharding()
+        number = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+        tokens = jax.ShapeDtypeStruct((key.tokens,), jnp.int32, sharding=everywhere)
+        jitted = jax.jit(count_tokens, donate_argnums=0, out_shardings=counts.sharding)
+        with jax.set_mesh(self.sharder.mesh):
+            return jitted.lower(counts, number, tokens, number, number)
+
+    def _lower_step(self, key: ProgramKey) -> jax.stages.Lowered:
         state = self.state_shapes(counts=key.flags.penalties)
         everywhere = self.sharder.sharding()
         size = buffer_size(key.bucket, key.flags)
@@ -118,12 +189,12 @@ class ProgramBuilder:
             return body(self, key, self.model.merge(params), state, inputs)
 
         shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), everywhere)
-        platform = self.sharder.mesh.devices.flat[0].platform
+        platform = platform_of(self.sharder.mesh.devices.flat[0])
         jitted = jax.jit(
             program,
             donate_argnums=1,
             out_shardings=shardings,
-            compiler_options=None if platform == "cpu" else GPU_OPTIONS,
+            compiler_options=compiler_options(platform) or None,
         )
         with jax.set_mesh(self.sharder.mesh):
             return jitted.trace(self.model.shapes, state, buffer).lower()
@@ -283,7 +354,6 @@ def _writable_rows(inputs: StepInputs, num_rows: int) -> jax.Array:
     return jnp.where(inputs.limits > 0, inputs.rows, num_rows - 1)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def count_tokens(
     counts: jax.Array, row: jax.Array, tokens: jax.Array, num_prompt: jax.Array, num: jax.Array
 ) -> jax.Array:
@@ -304,28 +374,3 @@ def count_tokens(
     fresh = fresh.at[in_output].add(1, mode="drop")
     fresh = fresh + jnp.zeros_like(fresh).at[in_prompt].set(IN_PROMPT, mode="drop")
     return jax.lax.dynamic_update_slice(counts, fresh[None], (row, jnp.int32(0)))
-
-
-class ProgramCache:
-    """Compiled programs by key; compiles on first use, and counts."""
-
-    def __init__(self, builder: ProgramBuilder) -> None:
-        self.builder = builder
-        self.seconds: dict[ProgramKey, float] = {}
-        """How long each program took to trace and compile."""
-
-        self._programs: dict[ProgramKey, Callable[..., Any]] = {}
-
-    def get(self, key: ProgramKey) -> Callable[..., tuple[DeviceState, StepOutputs]]:
-        """Returns the compiled program; it accepts exactly the shapes it was built for."""
-        if key not in self._programs:
-            start = time.perf_counter()
-            program = self.builder.lower(key).compile()
-            # In this order: an interrupt between the two must not leave a program without a time.
-            self.seconds[key] = time.perf_counter() - start
-            self._programs[key] = program
-        return self._programs[key]
-
-    def clear(self) -> None:
-        """Drops every program."""
-        self._programs.clear()

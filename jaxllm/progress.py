@@ -1,7 +1,10 @@
-"""The progress bar of a call: requests done, with tokens in and out per second."""
+"""What is shown of long work: a bar for a call's requests, a line for a program's compilation."""
 
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -10,6 +13,12 @@ from jaxllm.logs import shows_progress
 from jaxllm.sequence import Request
 
 Progress = bool | Callable[..., Any]
+
+PATIENCE = 1.0
+"""Seconds before a compilation is worth a line."""
+
+TICK = 0.25
+"""Seconds between two looks of that line."""
 
 
 class ProgressBar:
@@ -57,3 +66,37 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+@contextmanager
+def compiling(what: str) -> Iterator[None]:
+    """A stretch that compiles: where it is long and somebody looks on, a line counts seconds.
+
+    The line goes when it is done. Nothing is shown where stderr is a file or a pipe.
+    """
+    if not (shows_progress() and _is_watched()):
+        yield
+        return
+    done = threading.Event()
+    ticker = threading.Thread(target=_tick, args=(what, done), daemon=True)
+    ticker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        ticker.join()
+
+
+def _tick(what: str, done: threading.Event) -> None:
+    start = time.perf_counter()
+    if done.wait(PATIENCE):
+        return
+    with tqdm(bar_format="{desc}", leave=False, dynamic_ncols=True) as line:
+        while not done.is_set():
+            line.set_description_str(f"compiling {what} ... {time.perf_counter() - start:.1f} s")
+            done.wait(TICK)
+
+
+def _is_watched() -> bool:
+    """Whether stderr is a terminal or a notebook's."""
+    return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel.")

@@ -7,13 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.buckets import powers_of_two
 from jaxllm.cache.kv_cache import allocate
 from jaxllm.inputs import DeviceState, StepOutputs
-from jaxllm.programs import ProgramBuilder, ProgramCache, ProgramKey, count_tokens
-
-MIN_COUNTED = 256
-"""Tokens of the smallest program that counts; larger ones are powers of two."""
+from jaxllm.program_cache import ProgramCache
+from jaxllm.programs import ProgramBuilder, ProgramKey, count_key
 
 
 class ModelRunner:
@@ -84,10 +81,11 @@ class ModelRunner:
             tokens: Prompt and output so far.
             num_prompt: How many are the prompt's.
         """
-        padded = np.zeros(powers_of_two(MIN_COUNTED, len(tokens))[-1], np.int32)
+        key = count_key(len(tokens))
+        padded = np.zeros(key.tokens, np.int32)
         padded[: len(tokens)] = tokens
         numbers = (np.int32(row), padded, np.int32(num_prompt), np.int32(len(tokens)))
-        self._counts = count_tokens(self._live_counts(), *numbers)
+        self._counts = self.programs.get(key)(self._live_counts(), *numbers)
 
     def _live_counts(self) -> jax.Array:
         if self._counts is None or self._counts.is_deleted():

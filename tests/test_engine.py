@@ -9,7 +9,8 @@ import pytest
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine import Engine
-from jaxllm.programs import ProgramBuilder, ProgramCache
+from jaxllm.program_cache import ProgramCache
+from jaxllm.programs import ProgramBuilder
 from jaxllm.runner import ModelRunner
 from jaxllm.sampling_params import SamplingParams
 from jaxllm.scheduler import Scheduler

@@ -15,16 +15,18 @@ ROOT = Path(jaxllm.__file__).parent
 LEVELS = [
     # A file may import from its own level and those above. A folder speaks for all its
     # files; where both a folder and a file in it are named, the file's own place counts.
-    ["errors", "logs", "interrupts", "hlo", "traffic", "thunks", "flops", "compile_cache"],
+    ["errors", "logs", "interrupts", "hlo", "traffic", "thunks", "flops"],
+    ["compile_cache", "transformers_imports"],
     ["keywords", "vllm_keywords", "config", "sampling_params", "pooling_params", "outputs"],
     ["prompts", "generation_defaults", "logit_rules", "text_stream", "truncation", "chat"],
     ["modeling.config", "devices", "sharding", "pallas_kernels", "tokenizer", "hub"],
     ["program_report", "hardware"],
     ["scoring"],
-    ["sequence", "flags", "stopping", "inputs", "buckets", "cache", "progress"],
+    ["sequence", "flags", "stopping", "inputs", "buckets", "cache", "progress", "settings"],
     ["modeling", "scheduler", "batch", "sampler", "request_builder", "results"],
-    ["programs", "runner", "demo", "support", "roofline"],
+    ["programs", "program_cache", "warm_up", "runner", "demo", "support", "roofline"],
     ["engine", "replicas", "loading", "inspection", "planner", "compiling", "plan"],
+    ["stats", "report"],
     ["llm"],
     ["terminal_chat", "bench"],
     ["", "sweep", "sweep_plot", "readme"],
@@ -82,7 +84,7 @@ HOST_FILES = [
 """Files that hold no arrays of a device."""
 
 OWNERS = {
-    "transformers": ["tokenizer", "hub", "modeling.registry", "modeling.families", "demo"],
+    "transformers": ["transformers_imports", "hub", "modeling.families", "demo"],
     "tokenizers": ["tokenizer", "demo"],
     "huggingface_hub": ["hub"],
     "safetensors": ["modeling.weights", "demo"],
