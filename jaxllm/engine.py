@@ -102,7 +102,7 @@ class Engine:
             self.recover()  # the last call's own recovery was interrupted
         self.in_call = frozenset(request.request_id for request in requests)
         try:
-            with interrupts.noticed(), self.runner.programs.watched():
+            with interrupts.noticed():
                 for request in requests:
                     if request.request_id not in self.requests and not request.is_finished:
                         self.add_request(request)
@@ -123,7 +123,8 @@ class Engine:
         start = time.perf_counter()
         plan = self.scheduler.schedule() if self.scheduler.has_work else None
         if plan is not None:
-            self._launch(plan)
+            with self.runner.programs.watched():
+                self._launch(plan)
         self.stats.host_seconds += time.perf_counter() - start
         overlaps = plan is not None and self.config.async_scheduling and not plan.needs_sync
         while len(self._in_flight) > overlaps:

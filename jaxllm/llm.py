@@ -696,7 +696,6 @@ class LLM(metaclass=ExplainsKeywords):
         for table in tables:
             table.guard = asked_guard()
 
-
     def inspect(
         self,
         program: str,

@@ -11,6 +11,7 @@ builder holds: model, engine config, layout and mesh, never arrays. So the same
 builder serves real runs and compilation for a GPU where there is none.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import cast

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import jax
 
@@ -182,29 +181,3 @@ def as_one(engines: Sequence[Engine]) -> "Engine | Replicas":
 def engines_of(engine: "Engine | Replicas") -> tuple[Engine, ...]:
     """Returns the engines behind `as_one`."""
     return engine.engines if isinstance(engine, Replicas) else (engine,)
-
-
-def stats_of(engine: "Engine | Replicas") -> dict[str, Any]:
-    """Returns counts since the start, summed over the engines; `LLM.stats` documents them."""
-    found = [_stats(one) for one in engines_of(engine)]
-    compiled = {name: seconds for one in found for name, seconds in one["compile_seconds"].items()}
-    sums = {name: sum(one[name] for one in found) for name in found[0] if name != "compile_seconds"}
-    return {**sums, "compile_seconds": compiled}
-
-
-def _stats(engine: Engine) -> dict[str, Any]:
-    scheduler, counted = engine.scheduler, engine.stats
-    return {
-        "num_steps": counted.num_steps,
-        "num_tokens": counted.num_tokens,
-        "num_padded_tokens": counted.num_padded_tokens,
-        "num_ahead": counted.num_ahead,
-        "host_seconds": counted.host_seconds,
-        "step_seconds": counted.step_seconds,
-        "compile_seconds": dict(counted.compile_seconds),
-        "num_preemptions": scheduler.num_preemptions,
-        "prefix_tokens_queried": scheduler.prefixes.num_queried,
-        "prefix_tokens_hit": scheduler.prefixes.num_hit,
-        "num_pages": scheduler.num_pages - 1,
-        "num_pages_held": scheduler.num_pages_held,
-    }

@@ -2,7 +2,7 @@
 
 import html
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import metadata
 from typing import Any
@@ -69,19 +69,20 @@ class Report:
         return f"<table>{''.join(lines)}</table>"
 
 
-def report_of(name: str, plan: Plan, programs: ProgramCache, warmup: str) -> Report:
+def report_of(name: str, plan: Plan, tables: Sequence[ProgramCache], warmup: str) -> Report:
     """Returns the report of a loaded model.
 
     Args:
         name: As the caller gave it.
         plan: Of its load.
-        programs: Compiled so far.
+        tables: The programs of each engine.
         warmup: How they are compiled.
     """
-    device, memory, model, seconds = plan.devices[0], plan.memory, plan.model, programs.seconds
+    device, memory, model = plan.devices[0], plan.memory, plan.model
+    seconds = {str(key): took for table in tables for key, took in list(table.seconds.items())}
     return Report(
         machine={
-            "devices": f"{len(plan.devices)} x {device.device_kind}",
+            "devices": f"{len(tables) * len(plan.devices)} x {device.device_kind}",
             "memory that may be used": f"{memory.limit / GIB:.2f} GiB",
         },
         versions={
@@ -102,13 +103,13 @@ def report_of(name: str, plan: Plan, programs: ProgramCache, warmup: str) -> Rep
             "memory": f"{memory.cache_bytes / GIB:.2f} GiB",
         },
         programs={
-            "compiled": len(seconds),
-            "seconds": sum(seconds.values()),
+            "compiled": sum(len(table) for table in tables),
+            "seconds": sum(took for table in tables for took in list(table.seconds.values())),
             "warm-up": warmup,
-            "from the compile cache": programs.counts.num_disk_hits,
+            "from the compile cache": sum(table.counts.num_disk_hits for table in tables),
             "compile cache": compile_cache.folder() or "none",
         },
-        seconds={str(key): took for key, took in list(seconds.items())},
+        seconds=seconds,
         settings=settings(platform_of(device)),
     )
 

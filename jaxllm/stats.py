@@ -1,6 +1,6 @@
 """What an engine has done so far, as one value to print, to compare and to index."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -77,8 +77,17 @@ class Stats(Mapping[str, Any]):
         return "\n".join(f"{name:<{width}}  {_text(value)}" for name, value in self.items())
 
 
-def stats_of(engine: Engine) -> Stats:
-    """Returns what an engine has done so far."""
+def stats_of(engines: Sequence[Engine]) -> Stats:
+    """Returns what engines have done so far, summed over them."""
+    found = [_stats(engine) for engine in engines]
+    compiled = {name: took for one in found for name, took in one.compile_seconds.items()}
+    names = [name for name in found[0] if name != "compile_seconds"]
+    return Stats(
+        **{name: sum(one[name] for one in found) for name in names}, compile_seconds=compiled
+    )
+
+
+def _stats(engine: Engine) -> Stats:
     scheduler, counted, programs = engine.scheduler, engine.stats, engine.runner.programs
     return Stats(
         num_steps=counted.num_steps,

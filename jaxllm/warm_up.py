@@ -9,6 +9,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 
 from tqdm.auto import tqdm
 
@@ -71,17 +72,17 @@ def _mixed(buckets: Buckets) -> Iterator[tuple[int, Bucket]]:
                         yield i + 2 * j + k + with_decodes, bucket
 
 
-def warm_up(programs: ProgramCache, keys: Sequence[Key], *, show_progress: bool) -> None:
-    """Compiles programs before it returns; an interrupt leaves those that are done."""
+def warm_up(tables: Sequence[ProgramCache], keys: Sequence[Key], *, show_progress: bool) -> None:
+    """Compiles programs in each table before it returns; an interrupt leaves those done."""
     shown = show_progress and shows_progress()
     with (
         interrupts.noticed(),
-        tqdm(total=len(keys), desc="Compiling programs", disable=not shown) as bar,
+        tqdm(total=len(keys) * len(tables), desc="Compiling programs", disable=not shown) as bar,
     ):
-        for key in keys:
+        for key, table in product(keys, tables):
             interrupts.check()
             bar.set_postfix_str(str(key), refresh=shown)
-            programs.compile(key)
+            table.compile(key)
             bar.update()
 
 

@@ -202,19 +202,19 @@ def test_warm_up_that_is_interrupted_keeps_what_it_has(programs, monkeypatch):
 
     monkeypatch.setattr(programs, "_compile", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        warm_up(programs, KEYS, show_progress=False)
+        warm_up([programs], KEYS, show_progress=False)
     monkeypatch.undo()
 
     assert len(programs) == 2
-    warm_up(programs, KEYS, show_progress=False)
+    warm_up([programs], KEYS, show_progress=False)
     assert len(programs) == len(KEYS)
 
 
 def test_warm_up_shows_a_bar_unless_it_should_not(programs, capsys):
-    warm_up(programs, KEYS[:2], show_progress=False)
+    warm_up([programs], KEYS[:2], show_progress=False)
     assert capsys.readouterr().err == ""
 
-    warm_up(programs, KEYS, show_progress=True)
+    warm_up([programs], KEYS, show_progress=True)
 
     shown = capsys.readouterr().err
     assert f"Compiling programs: 100%|██████████| {len(KEYS)}/{len(KEYS)}" in shown
@@ -260,9 +260,9 @@ def test_after_full_warm_up_nothing_is_compiled(checkpoints, expected, monkeypat
 def test_background_gives_the_same_tokens_while_it_compiles(checkpoints, expected):
     with LLM(checkpoints(num_hidden_layers=1), warmup="background", **TINY) as llm:
         first = tokens(llm, PROMPTS)
-        assert llm._background.wait(120)
+        assert llm._backgrounds[0].wait(120)
         last = tokens(llm, PROMPTS)
-        thread = llm._background._thread
+        thread = llm._backgrounds[0]._thread
         stats = llm.stats()
 
     thread.join(30)
@@ -294,7 +294,7 @@ def test_larger_programs_give_the_same_tokens(checkpoints, expected):
 
 def test_close_and_del_end_the_background(checkpoints):
     llm = LLM(checkpoints(num_hidden_layers=1), warmup="background", **TINY)
-    thread = llm._background._thread
+    thread = llm._backgrounds[0]._thread
 
     del llm
 
