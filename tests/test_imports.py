@@ -24,7 +24,7 @@ LEVELS = [
     ["sequence", "flags", "stopping", "inputs", "buckets", "cache", "progress"],
     ["modeling", "scheduler", "batch", "sampler", "request_builder", "results"],
     ["programs", "runner", "demo", "support", "roofline"],
-    ["engine", "replicas", "loading", "inspection", "planner", "compiling", "plan"],
+    ["engine", "replicas", "loading", "saving", "layout_report", "inspection", "planner", "compiling", "plan"],
     ["llm"],
     ["terminal_chat", "bench"],
     ["", "sweep", "sweep_plot", "readme"],
