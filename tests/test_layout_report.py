@@ -59,7 +59,7 @@ def test_each_parameter_is_described_as_it_is(llm):
         assert one.is_replicated == param.sharding.is_fully_replicated
         assert {one.shard_shape} == {shard.data.shape for shard in param.addressable_shards}
         assert one.num_bytes == param.addressable_shards[0].data.nbytes
-        assert sorted(sum(one.picture.pieces.values(), [])) == sorted(
+        assert sorted(i for ids in one.picture.pieces.values() for i in ids) == sorted(
             device.id for device in param.devices()
         )
 

@@ -38,7 +38,8 @@ def counted(self, index):
 Source.read = counted
 
 (sharder,) = sharders("tensor", 8)
-plan = plan_load(folder, Wishes(max_model_len=48, max_num_seqs=2, cache_bytes=1 << 20), sharder, "auto")
+wishes = Wishes(max_model_len=48, max_num_seqs=2, cache_bytes=1 << 20)
+plan = plan_load(folder, wishes, sharder, "auto")
 params = load_params(plan, seed=0, show_progress=False)
 needed = 0
 for param in params:

@@ -191,14 +191,11 @@ def test_manifest_states_what_is_there(saved, expected):
     assert {path: e["shape"] for path, e in about["parameters"].items()} == shapes
 
 
-def test_orbax_is_imported_only_when_it_is_needed(folder):
-    script = (
-        "import sys, jaxllm; jaxllm.LLM(sys.argv[1], skip_tokenizer_init=True, "
-        "kv_cache_memory_bytes=1 << 20).close(); print('orbax.checkpoint' in sys.modules)"
-    )
+def test_orbax_is_imported_only_when_it_is_needed():
+    script = "import sys, jaxllm.cli; print('orbax.checkpoint' in sys.modules)"
 
     done = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
 
     assert done.stdout.strip() == "False"
@@ -244,9 +241,9 @@ def test_folder_with_files_is_not_saved_into(folder, tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "notes.txt").write_text("mine")
     with LLM(folder, **SMALL) as llm:
-        with pytest.raises(CheckpointError, match="'.*own' is not empty, and a save never mixes"):
+        with pytest.raises(CheckpointError, match=r"own' is not empty, and a save"):
             llm.save(tmp_path / "own")
-        with pytest.raises(CheckpointError, match="notes.txt' is a file"):
+        with pytest.raises(CheckpointError, match=r"notes.txt' is a file"):
             llm.save(tmp_path / "own" / "notes.txt")
         assert [p.name for p in tmp_path.iterdir()] == ["own"]
         (tmp_path / "own" / "notes.txt").unlink()
@@ -303,11 +300,11 @@ def test_other_config_names_each_difference(damaged):
 
 
 def test_other_architecture_is_named(damaged):
-    overrides = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    change(damaged, "jaxllm.json", architecture="MistralForCausalLM")
 
-    words = r"architecture was 'LlamaForCausalLM' and is 'MistralForCausalLM'"
+    words = r"architecture was 'MistralForCausalLM' and is 'LlamaForCausalLM'"
     with pytest.raises(CheckpointError, match=words):
-        LLM(damaged, hf_overrides=overrides, **SMALL)
+        LLM(damaged, **SMALL)
 
 
 def test_other_hash_is_an_error_even_if_all_fields_agree(damaged):

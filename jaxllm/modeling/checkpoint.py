@@ -85,11 +85,13 @@ def restore(
         for leaves in groups(model.leaves):
             try:
                 arrays = _read(checkpointer, folder / PARAMS, leaves)
-            except (ValueError, KeyError, OSError) as error:  # what Orbax and TensorStore raise
-                reason = str(error).strip().splitlines()[:1]
+            except (MemoryError, jax.errors.JaxRuntimeError):
+                raise
+            except Exception as error:  # Orbax raises no narrower one where a file is damaged
+                reason = str(error.__cause__ or error).strip().splitlines() or [repr(error)]
                 raise CheckpointError(
-                    f"The arrays in {str(folder / PARAMS)!r} cannot be read: {' '.join(reason)} "
-                    "Copy or save the folder again."
+                    f"The arrays in {str(folder / PARAMS)!r} cannot be read: {reason[0][:300]} "
+                    "(from Orbax). Copy or save the folder again."
                 ) from error
             for leaf in leaves:
                 array = arrays.pop(leaf.path)
