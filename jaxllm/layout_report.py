@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -166,14 +166,18 @@ class LayoutReport:
         )
 
 
-def layout_report(builder: ProgramBuilder) -> LayoutReport:
-    """Returns where a builder's parameters and cache are; no array is needed."""
-    caches = jax.tree.leaves(builder.state_shapes().caches)
+def layout_report(builders: Sequence[ProgramBuilder]) -> LayoutReport:
+    """Returns where parameters and caches are; no array is needed.
+
+    Args:
+        builders: One an engine, of the same layout; the parameters shown are the first's.
+    """
+    first = builders[0]
     return LayoutReport(
-        builder.sharder.layout,
-        tuple(_of(leaf) for leaf in builder.model.leaves),
-        _by_device(builder.model.shapes),
-        _by_device(caches),
+        first.sharder.layout,
+        tuple(_of(leaf) for leaf in first.model.leaves),
+        _by_device([shape for builder in builders for shape in builder.model.shapes]),
+        _by_device([c for b in builders for c in jax.tree.leaves(b.state_shapes().caches)]),
     )
 
 
@@ -182,7 +186,7 @@ def _of(leaf: Leaf) -> ParameterLayout:
     return ParameterLayout(leaf.path, leaf.axes, shape.shape, shape.dtype.name, shape.sharding)
 
 
-def _by_device(shapes: list[jax.ShapeDtypeStruct] | tuple[jax.ShapeDtypeStruct, ...]) -> dict:
+def _by_device(shapes: Sequence[jax.ShapeDtypeStruct]) -> dict[int, int]:
     held: dict[int, int] = {}
     for shape in shapes:
         shard = jax.ShapeDtypeStruct(shape.sharding.shard_shape(shape.shape), shape.dtype)

@@ -687,7 +687,8 @@ class LLM(metaclass=ExplainsKeywords):
             >>> print(llm.layout())
             >>> llm.layout()["layers.0.attn.qkv.weight"].num_bytes
         """
-        return layout_report(self._live_engine().runner.builder)
+        engines = engines_of(self._live_engine())
+        return layout_report([engine.runner.builder for engine in engines])
 
     def reshard(
         self,
@@ -708,19 +709,28 @@ class LLM(metaclass=ExplainsKeywords):
             devices: As for `LLM`; by default those that the model has, then others.
 
         Raises:
-            ConfigError: The model does not fit that layout; nothing was moved.
+            ConfigError: The model does not fit that layout, or has copies; nothing was moved.
         """
-        engine = self._live_engine()
+        engine, *others = engines_of(self._live_engine())
+        if others:
+            raise ConfigError(
+                f"This LLM has {1 + len(others)} engines side by side (data_parallel_size), and "
+                "reshard moves one. Make another LLM."
+            )
         runner = engine.runner
         have = list(runner.builder.sharder.mesh.devices.flat)
         sharder = one_sharder(layout, tensor_parallel_size, devices, have)
         plan = self._plans.get(sharder) or plan_reshard(self._plan, sharder, runner.held_bytes())
         builder = ProgramBuilder(plan.model, plan.engine, sharder, plan.memory.num_pages)
+        is_known = sharder in self._plans
         try:
             engine.reshard(builder)
         finally:
             if runner.builder.sharder == sharder:
                 self._plans[sharder] = self._plan = plan
+                self._num_devices = len(plan.devices)
+        for note in () if is_known else plan.notes:
+            logger.warning("%s.", note)
 
     def save(self, path: str | Path) -> None:
         """Writes the model as it is, for `LLM(path)`: converted, cast, in pieces.
@@ -733,7 +743,7 @@ class LLM(metaclass=ExplainsKeywords):
         Raises:
             CheckpointError: There is something at `path` already.
         """
-        params = self._live_engine().runner.params
+        params = engines_of(self._live_engine())[0].runner.params
         files = self._tokenizer_folder
         save(path, self._plan, params, tokenizer_folder=files)
 

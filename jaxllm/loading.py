@@ -184,17 +184,7 @@ def plan_load(
         wishes = replace(wishes, dtype=manifest.dtype_for(wishes.dtype))
     is_read = load_format != "dummy" and manifest is None
     checkpoint = weights.Checkpoint(folder) if is_read else None
-    ignored = family.IGNORED_WEIGHTS
-    if checkpoint and config.tie_embeddings:
-        names = {line.path: line.names[0] for line in family.WEIGHTS}
-        head, embedding = names["head.weight"], names["embed.weight"]
-        if weights.ties_differ(checkpoint, head, embedding):
-            logger.info(
-                "config.json ties the output head to the embedding, but the checkpoint's differ"
-            )
-            config = replace(config, tie_embeddings=False)
-        else:
-            ignored = (*ignored, head)  # many checkpoints hold the embedding a second time
+    config, ignored = _tied_as_stored(config, family, checkpoint)
     device = sharder.mesh.devices.flat[0]
     stored = np.dtype(weights.DTYPES[checkpoint.dtype()]).name if checkpoint else stated_dtype(hf)
     dtype = resolve_dtype(wishes.dtype, stored, device, overflows=config.float16_overflows)
@@ -230,6 +220,23 @@ def plan_load(
     )
 
 
+def _tied_as_stored(
+    config: ModelConfig, family: registry.Family, checkpoint: weights.Checkpoint | None
+) -> tuple[ModelConfig, Sequence[str]]:
+    """Returns the config with an output head if the files have one, and what to ignore in them."""
+    ignored = family.IGNORED_WEIGHTS
+    if checkpoint is None or not config.tie_embeddings:
+        return config, ignored
+    names = {line.path: line.names[0] for line in family.WEIGHTS}
+    head, embedding = names["head.weight"], names["embed.weight"]
+    if weights.ties_differ(checkpoint, head, embedding):
+        logger.info(
+            "config.json ties the output head to the embedding, but the checkpoint's differ"
+        )
+        return replace(config, tie_embeddings=False), ignored
+    return config, (*ignored, head)  # many checkpoints hold the embedding a second time
+
+
 def plan_reshard(plan: Plan, sharder: Sharder, own: Mapping[int, int]) -> Plan:
     """Returns the plan of the same model and engine under another layout; allocates nothing.
 
@@ -252,9 +259,7 @@ def plan_reshard(plan: Plan, sharder: Sharder, own: Mapping[int, int]) -> Plan:
     config = with_length(fitted.config, plan.engine.max_model_len)
     model = abstract_model(config, plan.family.build, plan.engine.dtype, sharder)
     wishes = replace(plan.wishes, max_model_len=plan.engine.max_model_len)
-    room = room_on(
-        list(sharder.mesh.devices.flat), memory_fraction(wishes, device.platform), own
-    )
+    room = room_on(list(sharder.mesh.devices.flat), memory_fraction(wishes, device.platform), own)
     memory = fit_cache(wishes, config, plan.engine, model, sharder.layout, room)
     return replace(plan, config=config, model=model, memory=memory, notes=fitted.notes)
 

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from jaxllm import LLM, ConfigError
+from jaxllm.replicas import engines_of
 from tests.layouts import EIGHT_HEADS
 
 SMALL = {
@@ -20,6 +21,7 @@ LAYOUTS = {
     "one": {},
     "tensor": {"tensor_parallel_size": 8},
     "2d": {"tensor_parallel_size": 8, "layout": "tensor_2d"},
+    "engines": {"tensor_parallel_size": 2, "data_parallel_size": 3},
     "replicated": {"tensor_parallel_size": 2, "layout": "replicated", "devices": [6, 3]},
 }
 
@@ -40,16 +42,16 @@ def held(arrays):
 
 
 def test_sums_are_what_the_devices_have(llm):
-    report, runner = llm.layout(), llm._engine.runner
+    report, runners = llm.layout(), [engine.runner for engine in engines_of(llm._engine)]
 
-    assert report.weight_bytes == held(runner.params)
-    assert report.cache_bytes == held(runner.state.caches)
+    assert report.weight_bytes == held([runner.params for runner in runners])
+    assert report.cache_bytes == held([runner.state.caches for runner in runners])
     for device in report.weight_bytes:
         assert sum(one.num_bytes for one in report) == report.weight_bytes[device]
 
 
 def test_each_parameter_is_described_as_it_is(llm):
-    report, runner = llm.layout(), llm._engine.runner
+    report, runner = llm.layout(), engines_of(llm._engine)[0].runner
 
     assert len(report) == len(runner.params)
     for one, param in zip(report, runner.params, strict=True):

@@ -224,6 +224,14 @@ def test_layout_that_cannot_be_moves_nothing(llm, expected, how, words):
     assert tokens(llm) == expected
 
 
+def test_engines_side_by_side_are_not_moved(folder):
+    with (
+        LLM(folder, data_parallel_size=2, **SMALL) as llm,
+        pytest.raises(ConfigError, match=r"has 2 engines side by side \(data_parallel_size\)"),
+    ):
+        llm.reshard("tensor", tensor_parallel_size=2)
+
+
 def test_cache_too_small_for_a_sequence_moves_nothing(folder, expected):
     # Split over two devices it holds one sequence; on one it does not.
     with LLM(

@@ -391,3 +391,15 @@ def test_killed_save_has_no_name_and_no_manifest_and_does_not_hinder(folder, tmp
         llm.save(tmp_path / "saved")
 
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_head_that_the_config_calls_tied_is_saved_as_it_is(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints("llama", **EIGHT_HEADS), tmp_path / "original")
+    change(folder, "config.json", tie_word_embeddings=True)
+    with LLM(folder, **SMALL) as llm:
+        assert not llm._plan.config.tie_embeddings
+        llm.save(tmp_path / "saved")
+        values = bare(llm)
+
+    with LLM(tmp_path / "saved", **SMALL) as llm:
+        np.testing.assert_array_equal(bare(llm)["head.weight"], values["head.weight"])
