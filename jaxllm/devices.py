@@ -1,6 +1,7 @@
 """What the machine is: platform, memory, element types. The one place that asks."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,21 +38,29 @@ class Room:
     """What arrays of this process hold already."""
 
 
-def room_on(devices: list[jax.Device], fraction: float) -> Room:
+def room_on(
+    devices: list[jax.Device], fraction: float, own: Mapping[int, int] | None = None
+) -> Room:
     """Returns the memory that each of some devices has, which are alike, as the fullest has it.
 
     Args:
         devices: Of all engines; those of one CPU share its memory.
         fraction: As for `memory_limit`.
+        own: Bytes in use that will be given back, by id of the device.
     """
-    device = max(devices, key=memory_in_use)
+    own = own or {}
+
+    def taken(device: jax.Device) -> int:
+        return max(0, memory_in_use(device) - own.get(device.id, 0))
+
+    device = max(devices, key=taken)
     sharing = len(devices) if device.platform == "cpu" else 1
     return Room(
         name=str(device),
         platform=device.platform,
         most=memory_limit(device, 1.0) // sharing,
         limit=memory_limit(device, fraction) // sharing,
-        in_use=memory_in_use(device),
+        in_use=taken(device),
     )
 
 

@@ -22,7 +22,7 @@ from jaxllm.buckets import Buckets
 from jaxllm.errors import NonFiniteError, RequestError
 from jaxllm.flags import FlagSets, flags_of, has_penalties
 from jaxllm.inputs import SampledLogprobs, Scores, StepOutputs
-from jaxllm.programs import ProgramKey
+from jaxllm.programs import ProgramBuilder, ProgramKey
 from jaxllm.runner import ModelRunner
 from jaxllm.scheduler import SampledRow, Scheduler
 from jaxllm.scoring import SampledLogprob
@@ -78,6 +78,9 @@ class Engine:
         self.in_call: frozenset[str] = frozenset()
         """Requests of the call in progress; afterwards, what a cut-off call left to clean up."""
 
+        self.is_settled = True
+        """Whether no `reshard` was cut off, and its recovery too."""
+
         self._in_flight: deque[Launch] = deque()
         self._arrivals = 0
         self._ended: list[Sequence] = []
@@ -98,7 +101,7 @@ class Engine:
         Whatever ends it early (an interrupt wherever it falls, an error) ends these
         requests, frees all they held and makes the engine exact again.
         """
-        if self.in_call:
+        if self.in_call or not self.is_settled:
             self.recover()  # the last call's own recovery was interrupted
         self.in_call = frozenset(request.request_id for request in requests)
         try:
@@ -250,9 +253,25 @@ class Engine:
         """
         self.abort(self.in_call)
         self._in_flight.clear()
-        self.scheduler.reset()
+        self.scheduler.reset(self.runner.builder.num_pages)
         self.runner.recover()
         self.in_call = frozenset()
+        self.is_settled = True
+
+    def reshard(self, builder: ProgramBuilder) -> None:
+        """Moves the model to another layout; unfinished requests are computed anew there.
+
+        An error or an interrupt puts everything back where it was.
+
+        Args:
+            builder: For the same model and engine config under the other layout.
+        """
+        self.is_settled = False
+        try:
+            with interrupts.noticed():
+                self.runner.reshard(builder)
+        finally:
+            self.recover()
 
 
 def _by_row(plan: StepPlan, outputs: StepOutputs) -> list[SampledRow]:

@@ -23,6 +23,7 @@ from jaxllm.generation_defaults import default_sampling_params
 from jaxllm.hub import PATTERNS, WITHOUT_WEIGHTS, local_folder
 from jaxllm.inspection import Inspection, Wanted, inspect_program
 from jaxllm.keywords import ExplainsKeywords
+from jaxllm.layout_report import LayoutReport, layout_report
 from jaxllm.loading import (
     DEFAULTS,
     LoadFormat,
@@ -32,6 +33,7 @@ from jaxllm.loading import (
     generation_config_of,
     load_params,
     plan_load,
+    plan_reshard,
 )
 from jaxllm.logs import configure
 from jaxllm.modeling.registry import Overrides
@@ -51,9 +53,10 @@ from jaxllm.sampling_params import (
     SamplingParams,
     as_integer,
 )
+from jaxllm.saving import save
 from jaxllm.sequence import Request
 from jaxllm.sharding.apply import Sharder
-from jaxllm.sharding.choice import LayoutLike, sharders
+from jaxllm.sharding.choice import LayoutLike, one_sharder, sharders
 from jaxllm.stats import Stats, stats_of
 from jaxllm.tokenizer import encode, load_tokenizer
 from jaxllm.warm_up import Background, program_keys, warm_up
@@ -207,15 +210,14 @@ class LLM(metaclass=ExplainsKeywords):
         self._defaults = default_sampling_params(
             generation_config_of(folder, generation_config), override_generation_config or {}
         )
-        self._tokenizer = None
+        self._tokenizer, self._tokenizer_folder = None, folder
         if not skip_tokenizer_init:
-            source = folder
             if tokenizer is not None:
                 place = (tokenizer, tokenizer_revision, hf_token, download_dir)
-                source = local_folder(*place, WITHOUT_WEIGHTS)
-            self._tokenizer = load_tokenizer(source, tokenizer_mode)
+                self._tokenizer_folder = local_folder(*place, WITHOUT_WEIGHTS)
+            self._tokenizer = load_tokenizer(self._tokenizer_folder, tokenizer_mode)
         self._chat_template = None if chat_template is None else str(chat_template)
-        self._plan = plan
+        self._plan, self._plans = plan, {sharder: plan}
         self._name = str(model)
         self._num_devices = len(plan.devices) * (1 + len(others))
         self._builder = RequestBuilder(
@@ -716,6 +718,75 @@ class LLM(metaclass=ExplainsKeywords):
         builder = engines_of(self._live_engine())[0].runner.builder
         wanted = Wanted(program=program, batch=batch, tokens=tokens, steps=steps, context=context)
         return inspect_program(builder, self._plan.config, self._name, wanted)
+
+    # ---------------------------------------------------------------- where the model is
+
+    def layout(self) -> LayoutReport:
+        """Returns where each parameter is: a table and a picture, as text and in notebooks.
+
+        Example:
+            >>> print(llm.layout())
+            >>> llm.layout()["layers.0.attn.qkv.weight"].num_bytes
+        """
+        engines = engines_of(self._live_engine())
+        return layout_report([engine.runner.builder for engine in engines])
+
+    def reshard(
+        self,
+        layout: LayoutLike,
+        *,
+        tensor_parallel_size: int | None = None,
+        devices: Sequence[int | jax.Device] | None = None,
+    ) -> None:
+        """Moves the model to another layout, device to device; nothing is read again.
+
+        The cache is made anew and past prompts are forgotten; unfinished requests go on,
+        computed again. Programs that were compiled for a layout are kept for the next time.
+        An error or an interrupt leaves the model where it was.
+
+        Args:
+            layout: As for `LLM`.
+            tensor_parallel_size: As for `LLM`.
+            devices: As for `LLM`; by default those that the model has, then others.
+
+        Raises:
+            ConfigError: The model does not fit that layout, or has copies; nothing was moved.
+        """
+        engine, *others = engines_of(self._live_engine())
+        if others:
+            raise ConfigError(
+                f"This LLM has {1 + len(others)} engines side by side (data_parallel_size), and "
+                "reshard moves one. Make another LLM."
+            )
+        runner = engine.runner
+        have = list(runner.builder.sharder.mesh.devices.flat)
+        sharder = one_sharder(layout, tensor_parallel_size, devices, have)
+        plan = self._plans.get(sharder) or plan_reshard(self._plan, sharder, runner.held_bytes())
+        builder = ProgramBuilder(plan.model, plan.engine, sharder, plan.memory.num_pages)
+        is_known = sharder in self._plans
+        try:
+            engine.reshard(builder)
+        finally:
+            if runner.builder.sharder == sharder:
+                self._plans[sharder] = self._plan = plan
+                self._num_devices = len(plan.devices)
+        for note in () if is_known else plan.notes:
+            logger.warning("%s.", note)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the model as it is, for `LLM(path)`: converted, cast, in pieces.
+
+        That loads faster than the original, into any layout and on any number of devices.
+
+        Args:
+            path: A new folder, or an empty one.
+
+        Raises:
+            CheckpointError: There is something at `path` already.
+        """
+        params = engines_of(self._live_engine())[0].runner.params
+        files = self._tokenizer_folder
+        save(path, self._plan, params, tokenizer_folder=files)
 
     def close(self) -> None:
         """Frees weights and cache; a closed LLM only says that it is.

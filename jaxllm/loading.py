@@ -7,7 +7,7 @@ the layout, the tensors' names and shapes, the memory.
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -31,10 +31,12 @@ from jaxllm.config import EngineConfig
 from jaxllm.devices import Room, resolve_dtype, room_on
 from jaxllm.errors import ConfigError
 from jaxllm.logs import shows_progress
+from jaxllm.modeling import checkpoint as saved
 from jaxllm.modeling import registry, weights
 from jaxllm.modeling.abstract import AbstractModel, abstract_model, init_params
 from jaxllm.modeling.config import ModelConfig, with_length
-from jaxllm.modeling.fitting import fit
+from jaxllm.modeling.fitting import fit, unfit
+from jaxllm.modeling.manifest import Manifest, read_manifest
 from jaxllm.sampling_params import as_integer
 from jaxllm.sharding.apply import Sharder
 from jaxllm.sharding.layouts import Layout
@@ -130,6 +132,10 @@ class Plan:
     """Where each parameter comes from; empty for dummy weights."""
 
     hf_config: Any
+    wishes: Wishes
+    manifest: Manifest | None
+    """Of a folder that `LLM.save` wrote; it has no `sources`."""
+
     notes: tuple[str, ...] = ()
     """What was done to make the model fit its layout, a sentence each."""
 
@@ -172,18 +178,13 @@ def plan_load(
         )
     fitted = fit(config, family.build, sharder.layout)
     config = fitted.config
-    checkpoint = None if load_format == "dummy" else weights.Checkpoint(folder)
-    ignored = family.IGNORED_WEIGHTS
-    if checkpoint and config.tie_embeddings:
-        names = {line.path: line.names[0] for line in family.WEIGHTS}
-        head, embedding = names["head.weight"], names["embed.weight"]
-        if weights.ties_differ(checkpoint, head, embedding):
-            logger.info(
-                "config.json ties the output head to the embedding, but the checkpoint's differ"
-            )
-            config = replace(config, tie_embeddings=False)
-        else:
-            ignored = (*ignored, head)  # many checkpoints hold the embedding a second time
+    manifest = None if load_format == "dummy" else read_manifest(folder)
+    if manifest:
+        manifest.check_config(architecture, unfit(config))
+        wishes = replace(wishes, dtype=manifest.dtype_for(wishes.dtype))
+    is_read = load_format != "dummy" and manifest is None
+    checkpoint = weights.Checkpoint(folder) if is_read else None
+    config, ignored = _tied_as_stored(config, family, checkpoint)
     device = sharder.mesh.devices.flat[0]
     stored = np.dtype(weights.DTYPES[checkpoint.dtype()]).name if checkpoint else stated_dtype(hf)
     dtype = resolve_dtype(wishes.dtype, stored, device, overflows=config.float16_overflows)
@@ -192,6 +193,8 @@ def plan_load(
     config = with_length(config, length)
     model = abstract_model(config, family.build, dtype, sharder)
     sources = weights.match(model, checkpoint, family.WEIGHTS, ignored) if checkpoint else []
+    if manifest:
+        manifest.check_parameters(model)
     devices = [device for one in (sharder, *others) for device in one.mesh.devices.flat]
     room = room_on(devices, memory_fraction(wishes, device.platform))
     memory = fit_cache(wishes, config, engine, model, sharder.layout, room)
@@ -202,14 +205,69 @@ def plan_load(
     if wishes.dtype != "auto" and checkpoint and dtype != stored:
         logger.info("Casting %s to %s", stored, dtype)
     return Plan(
-        folder, architecture, family, config, engine, model, memory, sources, hf, fitted.notes
+        folder,
+        architecture,
+        family,
+        config,
+        engine,
+        model,
+        memory,
+        sources,
+        hf,
+        wishes,
+        manifest,
+        fitted.notes,
     )
+
+
+def _tied_as_stored(
+    config: ModelConfig, family: registry.Family, checkpoint: weights.Checkpoint | None
+) -> tuple[ModelConfig, Sequence[str]]:
+    """Returns the config with an output head if the files have one, and what to ignore in them."""
+    ignored = family.IGNORED_WEIGHTS
+    if checkpoint is None or not config.tie_embeddings:
+        return config, ignored
+    names = {line.path: line.names[0] for line in family.WEIGHTS}
+    head, embedding = names["head.weight"], names["embed.weight"]
+    if weights.ties_differ(checkpoint, head, embedding):
+        logger.info(
+            "config.json ties the output head to the embedding, but the checkpoint's differ"
+        )
+        return replace(config, tie_embeddings=False), ignored
+    return config, (*ignored, head)  # many checkpoints hold the embedding a second time
+
+
+def plan_reshard(plan: Plan, sharder: Sharder, own: Mapping[int, int]) -> Plan:
+    """Returns the plan of the same model and engine under another layout; allocates nothing.
+
+    Args:
+        plan: Of the model as it is.
+        sharder: The layout on its devices.
+        own: Bytes that the model and its cache have now, by id of the device.
+
+    Raises:
+        ConfigError: It does not fit the layout, or the devices, with sequences as long as now.
+    """
+    device = sharder.mesh.devices.flat[0]
+    former = plan.devices[0].platform
+    if device.platform != former:
+        raise ConfigError(
+            f"The model is on {former} devices and {device} is one of {device.platform}. What is "
+            "best differs between them: make another LLM there."
+        )
+    fitted = fit(unfit(plan.config), plan.family.build, sharder.layout)
+    config = with_length(fitted.config, plan.engine.max_model_len)
+    model = abstract_model(config, plan.family.build, plan.engine.dtype, sharder)
+    wishes = replace(plan.wishes, max_model_len=plan.engine.max_model_len)
+    room = room_on(list(sharder.mesh.devices.flat), memory_fraction(wishes, device.platform), own)
+    memory = fit_cache(wishes, config, plan.engine, model, sharder.layout, room)
+    return replace(plan, config=config, model=model, memory=memory, notes=fitted.notes)
 
 
 def load_params(plan: Plan, *, seed: int, show_progress: bool) -> tuple[jax.Array, ...]:
     """Returns the parameters of a plan, on their devices."""
     start = time.perf_counter()
-    if not plan.sources:
+    if not plan.sources and plan.manifest is None:
         return init_params(plan.model, seed)
     bar = tqdm(
         total=plan.model.num_bytes,
@@ -220,7 +278,10 @@ def load_params(plan: Plan, *, seed: int, show_progress: bool) -> tuple[jax.Arra
         leave=False,
     )
     with bar:
-        params = weights.load(plan.sources, bar.update)
+        if plan.manifest is None:
+            params = weights.load(plan.sources, bar.update)
+        else:
+            params = saved.restore(plan.folder, plan.model, plan.manifest, bar.update)
     seconds = time.perf_counter() - start
     logger.info(
         "Model loading took %.2f GiB memory and %.2f seconds (%.2f GB/s)",

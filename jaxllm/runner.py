@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 
 from jaxllm.cache.kv_cache import allocate
 from jaxllm.inputs import DeviceState, StepOutputs
+from jaxllm.modeling.forms import is_placed, move
 from jaxllm.program_cache import ProgramCache
 from jaxllm.programs import ProgramBuilder, ProgramKey, count_key
 
@@ -29,16 +31,26 @@ class ModelRunner:
             params: One array for each leaf of the model, in order.
             fill: Makes the cache's first content; tests poison it.
         """
-        self.builder = builder
         self.params = tuple(params)
         self.programs = ProgramCache(builder)
+        """Of the layout that parameters and cache have."""
+
         self._fill = fill
-        self.state = self._new_state()
+        self.state = self._new_state(builder)
+        self._known = {builder.sharder: self.programs}
+        self._moving: ProgramBuilder | None = None
+        """Where a cut-off `reshard` may have left some of the parameters."""
+
         self._counts: jax.Array | None = None
         """Of `DeviceState.token_counts`; made when the first request with penalties comes."""
 
-    def _new_state(self) -> DeviceState:
-        shapes = self.builder.state_shapes()
+    @property
+    def builder(self) -> ProgramBuilder:
+        """Of the programs."""
+        return self.programs.builder
+
+    def _new_state(self, builder: ProgramBuilder) -> DeviceState:
+        shapes = builder.state_shapes()
         last_token = jax.device_put(
             np.zeros(shapes.last_token.shape, np.int32), shapes.last_token.sharding
         )
@@ -106,13 +118,68 @@ class ModelRunner:
         return False
 
     def recover(self) -> None:
-        """Makes a new cache in place of a lost one; its content is gone."""
+        """Makes a new cache in place of a lost one; its content is gone.
+
+        Parameters that a cut-off `reshard` has moved are brought back.
+        """
+        if self._moving is not None:
+            self._free_state()
+            self._place(self._moving, self.builder)
         if self.is_lost():
-            self.state = self._new_state()
+            self.state = self._new_state(self.builder)
+        self._moving = None
+
+    def reshard(self, builder: ProgramBuilder) -> None:
+        """Moves the parameters to another layout, and makes a new cache there.
+
+        One goes after the other, and is freed where it was; the cache goes first. Programs
+        that were compiled for the layout are used again. Where this is cut off, `recover`
+        brings everything back.
+
+        Args:
+            builder: For the same model under the other layout.
+        """
+        known = self._known.get(builder.sharder)
+        if known is None or known.builder.num_pages != builder.num_pages:
+            known = ProgramCache(builder)
+        self._moving = known.builder
+        self._free_state()
+        self._place(self.builder, known.builder)
+        state = self._new_state(known.builder)
+        self._known[builder.sharder] = known
+        # With this one line it is done; a state that is not bound any more is made anew.
+        self.programs = known
+        self.state = state
+        self._moving = None
+
+    def held_bytes(self) -> dict[int, int]:
+        """Returns the bytes of parameters and device state, by id of the device."""
+        held: dict[int, int] = {}
+        for array in jax.tree.leaves((self.params, self.state, self._counts)):
+            for shard in [] if array.is_deleted() else array.addressable_shards:
+                held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
+        return held
+
+    def _free_state(self) -> None:
+        _delete((self.state, self._counts))
+        self._counts = None
+
+    def _place(self, old: ProgramBuilder, new: ProgramBuilder) -> None:
+        """Moves each parameter that is not there yet."""
+        for i, leaves in enumerate(zip(old.model.leaves, new.model.leaves, strict=True)):
+            if not is_placed(self.params[i], leaves[1]):
+                # The old one is freed as its last name goes, but for shards that the new one has.
+                moved = move(self.params[i], *leaves).block_until_ready()
+                self.params = (*self.params[:i], moved, *self.params[i + 1 :])
 
     def close(self) -> None:
         """Frees every array and program."""
-        for leaf in jax.tree.leaves((self.params, self.state, self._counts)):
-            if not leaf.is_deleted():
-                leaf.delete()
-        self.programs.clear()
+        _delete((self.params, self.state, self._counts))
+        for programs in self._known.values():
+            programs.clear()
+
+
+def _delete(tree: Any) -> None:
+    for leaf in jax.tree.leaves(tree):
+        if not leaf.is_deleted():
+            leaf.delete()

@@ -84,10 +84,13 @@ class Scheduler:
             else:
                 self.waiting.remove(seq)
 
-    def reset(self) -> None:
+    def reset(self, num_pages: int | None = None) -> None:
         """Forgets every page, and lets all unfinished sequences start anew.
 
         For when the cache's content is lost, or a step was cut off half-way.
+
+        Args:
+            num_pages: Of a new cache, the trash page included; as many as before by default.
         """
         unfinished = {id(s): s for s in (*self.running, *self.waiting) if not s.is_finished}
         for seq in (*unfinished.values(), *self.leaving):
@@ -96,6 +99,7 @@ class Scheduler:
         self.leaving = []
         self.in_flight.clear()
         self.waiting = deque(sorted(unfinished.values(), key=lambda s: (s.arrival, s.index)))
+        self.num_pages = num_pages or self.num_pages
         self._clear()
 
     # ---------------------------------------------------------------- planning

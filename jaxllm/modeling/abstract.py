@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxllm.cache.spec import CacheSpec
 from jaxllm.modeling.config import ModelConfig
 from jaxllm.modeling.decoder import Decoder
+from jaxllm.modeling.forms import bare_shape, dressed
 from jaxllm.modeling.layers.linear import normal_init
 from jaxllm.sharding.apply import Sharder
 
@@ -51,6 +52,9 @@ class Leaf:
 
     padding: int = 0
     """Rows of zeros at the end of the first axis, which no tensor has."""
+
+    axes: tuple[str | None, ...] = ()
+    """Name of each axis."""
 
     def on(self, sharder: Sharder) -> "Leaf":
         """Returns the same parameter on other devices of the same layout."""
@@ -136,7 +140,8 @@ def _leaf(path: str, variable: nnx.Variable, sharder: Sharder) -> Leaf:
     shape = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharder.sharding(*meta["axes"]))
     part_axis = meta["axes"].index(None) if meta["parts"] else 0
     copies, padding = meta.get("copies", ()), meta.get("padding", 0)
-    return Leaf(path, shape, meta["num_in"], meta["parts"], part_axis, copies, padding)
+    names = tuple(meta["axes"])
+    return Leaf(path, shape, meta["num_in"], meta["parts"], part_axis, copies, padding, names)
 
 
 def init_params(model: AbstractModel, seed: int) -> tuple[jax.Array, ...]:
@@ -165,18 +170,5 @@ def _draw(leaf: Leaf, key: jax.Array, number: jax.Array) -> jax.Array:
     if not leaf.num_in:
         return jnp.full(shape, 1 if leaf.is_scale else 0, dtype)
     fan_in, key = math.prod(shape[-leaf.num_in :]), jax.random.fold_in(key, number)
-    if max(leaf.copies, default=1) == 1:
-        whole = (shape[0] - leaf.padding, *shape[1:])
-        drawn = normal_init(key, whole, fan_in, dtype)
-        return jnp.pad(drawn, ((0, leaf.padding), *((0, 0) for _ in shape[1:])))
-    # Drawn as if there were one copy: [K, G+2, D, E], then each row's queries are divided.
-    times = max(leaf.copies)
-    sizes = [n * times // c for n, c in zip(leaf.parts, leaf.copies, strict=True)]
-    whole = (shape[0] // times, sum(sizes), *shape[2:])
-    drawn = normal_init(key, whole, fan_in, dtype)
-    parts = jnp.split(drawn, np.cumsum(sizes)[:-1], axis=1)
-    parts = [
-        jnp.repeat(part, copies, axis=0).reshape(shape[0], size, *shape[2:])
-        for part, copies, size in zip(parts, leaf.copies, leaf.parts, strict=True)
-    ]
-    return jnp.concatenate(parts, axis=1)
+    # Drawn as if there were no copies, of which each row's queries are then divided.
+    return dressed(leaf, normal_init(key, bare_shape(leaf), fan_in, dtype))

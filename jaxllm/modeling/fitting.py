@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxllm.errors import ConfigError
 from jaxllm.modeling.abstract import Build
-from jaxllm.modeling.config import ModelConfig
+from jaxllm.modeling.config import ModelConfig, with_length
 from jaxllm.sharding.layouts import REPLICAS, Layout
 
 FIELDS = {
@@ -68,6 +68,12 @@ def fit(config: ModelConfig, build: Build, layout: Layout) -> Fit:
     if idle:
         notes.append(f"Layout {layout.name!r} splits nothing over {', '.join(idle)}")
     return Fit(config, tuple(notes))
+
+
+def unfit(config: ModelConfig) -> ModelConfig:
+    """Returns the config as the checkpoint has it, whatever layout and length it was made for."""
+    heads = config.num_kv_heads // config.kv_copies
+    return with_length(replace(config, num_kv_heads=heads, kv_copies=1, vocab_padding=0), 0)
 
 
 def _with_copies(config: ModelConfig, layout: Layout) -> ModelConfig:

@@ -402,13 +402,29 @@ def load(sources: Sequence[Source], report: Callable[[int], object]) -> tuple[ja
         if in_flight + leaf.num_bytes > most:
             jax.block_until_ready(waiting)
             waiting, in_flight = [], 0
-        param = jax.make_array_from_callback(leaf.shape.shape, leaf.shape.sharding, source.read)
+        read = _once(source.read)
+        param = jax.make_array_from_callback(leaf.shape.shape, leaf.shape.sharding, read)
         params.append(param)
         waiting.append(param)
         in_flight += leaf.num_bytes
         report(leaf.num_bytes)
     jax.block_until_ready(waiting)
     return tuple(params)
+
+
+def _once(
+    read: Callable[[tuple[slice, ...] | None], np.ndarray],
+) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
+    """Returns a `read` that gives devices with the same shard one array of it."""
+    held: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}
+
+    def read_once(index: tuple[slice, ...] | None) -> np.ndarray:
+        key = tuple((s.start, s.stop) for s in index or ())
+        if key not in held:
+            held[key] = read(index)
+        return held[key]
+
+    return read_once
 
 
 def ties_differ(checkpoint: Checkpoint, head: str, embedding: str) -> bool:

@@ -159,3 +159,33 @@ def sharders(
     found, one = find_devices(devices, chosen), chosen.replica()
     size = one.num_devices
     return [Sharder(one, make_mesh(one, found[i : i + size])) for i in range(0, len(found), size)]
+
+
+def one_sharder(
+    layout: LayoutLike,
+    tensor: int | None,
+    devices: Sequence[int | jax.Device] | None,
+    have: Sequence[jax.Device],
+) -> Sharder:
+    """Returns the sharder that a model on some devices goes to.
+
+    Args:
+        layout: As for `choose_layout`.
+        tensor: Devices of one model.
+        devices: As for `find_devices`; by default those that it has, then others.
+        have: Those that it has.
+
+    Raises:
+        ConfigError: As `sharders`; or the layout has several engines.
+    """
+    chosen = choose_layout(layout, tensor)
+    if chosen.num_replicas > 1:
+        raise ConfigError(
+            f"Layout {chosen.name!r} has {chosen.num_replicas} engines side by side, and reshard "
+            f"moves one. Give the mesh axis {REPLICAS!r} the size 1, or make another LLM."
+        )
+    if devices is None:
+        others = [device for device in jax.devices() if device not in have]
+        if chosen.num_devices <= len(have) + len(others):
+            devices = [*have, *others][: chosen.num_devices]
+    return sharders(chosen, devices=devices)[0]
