@@ -90,7 +90,8 @@ MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 """Share of a GPU that JAX's allocator takes when the backend starts; the second is the old name,
 and jaxlib refuses to have both."""
 
-SetBy = Literal["user", "jaxllm", "too late"]
+SetBy = Literal["user", "jaxllm", "too late", "JAX"]
+"""Who has the last word. "too late": jaxllm would have, but the backend had started."""
 
 _memory_set_by: SetBy | None = None
 
@@ -114,11 +115,10 @@ def reserve_memory(fraction: float) -> None:
 
 def memory_setting() -> tuple[str, str, SetBy]:
     """Returns the variable of the memory's share, its value, and who set it."""
-    set_by = _memory_set_by or ("too late" if has_started() else "user")
     for name in MEMORY_VARIABLES:
         if name in os.environ:
-            return name, os.environ[name], set_by
-    return MEMORY_VARIABLES[0], DEFAULT_FRACTION, set_by
+            return name, os.environ[name], _memory_set_by or "user"
+    return MEMORY_VARIABLES[0], DEFAULT_FRACTION, _memory_set_by or "JAX"
 
 
 DEFAULT_FRACTION = "0.75"

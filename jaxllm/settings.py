@@ -27,8 +27,8 @@ class Setting:
     platform: Platform
     """Where it matters."""
 
-    set_by: SetBy | Literal["JAX"]
-    """"too late": the backend had started. "JAX": its default, which is what is wanted."""
+    set_by: SetBy
+    """"JAX": its default, which is what is wanted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """jaxllm imports without PyTorch, and whoever wants PyTorch has it."""
 
+import os
 import subprocess
 import sys
 
@@ -37,6 +38,7 @@ print(modeling_rope_utils.torch is torch)
 
 def run(script):
     env = {"JAX_PLATFORMS": "cpu", "PATH": "", "JAXLLM_LOGGING_LEVEL": "WARNING"}
+    env["JAXLLM_CACHE_ROOT"] = os.environ["JAXLLM_CACHE_ROOT"]
     done = subprocess.run(
         [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
     )

@@ -250,7 +250,7 @@ def test_after_full_warm_up_nothing_is_compiled(checkpoints, expected, monkeypat
         assert found == expected
         assert ready.num_programs == after.num_programs > 0
         assert (ready.program_misses, after.program_misses) == (0, 0)
-        assert after.program_hits == after.num_steps
+        assert after.program_hits >= after.num_steps > 0
         with pytest.raises(RecompileError, match=r"\+top_k"):
             tokens(llm, PROMPTS, SamplingParams(top_k=2, max_tokens=3))
         assert tokens(llm, PROMPTS) == expected  # the engine is as before
@@ -289,7 +289,7 @@ def test_larger_programs_give_the_same_tokens(checkpoints, expected):
         assert found == expected
         assert len(programs) == 2
         assert asked
-        assert llm.stats().program_stand_ins == len(asked) == llm.stats().num_steps
+        assert llm.stats().program_stand_ins == len(asked) >= llm.stats().num_steps
 
 
 def test_close_and_del_end_the_background(checkpoints):
