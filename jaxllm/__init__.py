@@ -11,6 +11,7 @@ from jaxllm.errors import (
     FamilyImportError,
     JaxLLMError,
     NonFiniteError,
+    RecompileError,
     RequestError,
     UnsupportedModelError,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "LayoutPlan",
     "Logprob",
     "NonFiniteError",
+    "RecompileError",
     "RepetitionDetectionParams",
     "RequestError",
     "RequestOutput",
