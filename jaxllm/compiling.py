@@ -263,8 +263,10 @@ class Compiler:
         return [Program.of_dict(one) for one in answer["programs"]]
 
     def _ask(self, job: str) -> str:
+        if self._process is not None and self._process.poll() is not None:
+            self._close()
         process = self._process
-        if process is None or process.poll() is not None:
+        if process is None:
             process = self._process = subprocess.Popen(
                 [sys.executable, *WORKER],
                 stdin=subprocess.PIPE,
@@ -286,11 +288,17 @@ class Compiler:
                 said = [*said[-20:], line.rstrip()]
         except BrokenPipeError:
             pass
-        self._process = None
+        status = process.wait()
+        self._close()
         last = " | ".join(line for line in said[-3:] if line)
-        raise ConfigError(
-            f"The compiler ended its process (exit status {process.wait()}). It said: {last}"
-        )
+        raise ConfigError(f"The compiler ended its process (exit status {status}). It said: {last}")
+
+    def _close(self) -> None:
+        """Ends the process, if there is one, and closes its pipes."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
 
     def __enter__(self) -> "Compiler":
         return self
@@ -301,10 +309,7 @@ class Compiler:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.communicate()
+        self._close()
 
 
 def serve() -> None:

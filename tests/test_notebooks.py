@@ -46,7 +46,9 @@ def test_a_notebook_runs_from_top_to_bottom(name, tmp_path, monkeypatch):
         resources={"metadata": {"path": str(tmp_path)}},
     )
 
-    client.execute()  # a cell that raises is an error here
+    with client.setup_kernel(cleanup_kc=True):
+        for number, cell in enumerate(notebook.cells):
+            client.execute_cell(cell, number)  # one that raises is an error here
 
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     pictures = [output for output in shown if "image/png" in output.get("data", {})]
