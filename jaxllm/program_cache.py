@@ -161,7 +161,12 @@ class ProgramCache:
         if self.guard == "allow":
             return
         alike: list[Any] = [known for known in list(self.seconds) if type(known) is type(key)]
-        near = min((known.changes(key) for known in alike), key=len, default=None)
+        # Of another kind only where there is none of its own.
+        near = min(
+            (known.changes(key) for known in alike),
+            key=lambda changes: (any("mixed" in change for change in changes), len(changes)),
+            default=None,
+        )
         changed = f": {', '.join(near)}" if near else ""
         self._object(f"{key} is compiled after warm-up{changed}.")
 
