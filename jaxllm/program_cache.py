@@ -161,6 +161,7 @@ class ProgramCache:
         if self.guard == "allow":
             return
         alike: list[Any] = [known for known in list(self.seconds) if type(known) is type(key)]
+        alike = [k for k in alike if _kind(k) == _kind(key)] or alike
         near = min((known.changes(key) for known in alike), key=len, default=None)
         changed = f": {', '.join(near)}" if near else ""
         self._object(f"{key} is compiled after warm-up{changed}.")
@@ -188,6 +189,11 @@ class ProgramCache:
         if seen.compiled:
             names = ", ".join(dict.fromkeys(seen.compiled))
             self._object(f"{names} was compiled in a step, past the table of programs.")
+
+
+def _kind(key: Key) -> str:
+    """Returns the first word of its name: "decode", "mixed" or "count_tokens"."""
+    return str(key).partition("[")[0]
 
 
 def stands_in(ready: ProgramKey, wanted: ProgramKey) -> bool:
