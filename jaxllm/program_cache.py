@@ -139,10 +139,12 @@ class ProgramCache:
                 others.set()
 
     def _compile(self, key: Key) -> None:
+        start = time.perf_counter()
+        with compile_cache.watch():  # constants that tracing may compute are no programs
+            lowered = self.builder.lower(key)
         with compile_cache.watch() as seen:
-            start = time.perf_counter()
-            program = self.builder.lower(key).compile()
-            seconds = time.perf_counter() - start
+            program = lowered.compile()
+        seconds = time.perf_counter() - start
         logger.debug("compiled %s in %.2f s", key, seconds)
         self.counts.num_disk_hits += seen.num_hits
         self.counts.num_disk_misses += seen.num_misses
