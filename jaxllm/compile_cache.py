@@ -24,6 +24,8 @@ from jax.experimental.compilation_cache import compilation_cache
 SETTING = "jax_compilation_cache_dir"
 """JAX's own name for it; None where nobody has set it."""
 
+REMEDY = "Set JAXLLM_CACHE_ROOT to another folder."
+
 THRESHOLDS = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -58,7 +60,7 @@ def enable() -> str | None:
     mine = cache_root() / "xla"
     problem = _problem_with(mine)
     if problem:
-        _warn_once(f"{mine} cannot be written ({problem}), so each start compiles anew.")
+        _warn_once(f"{mine} cannot be written ({problem}), so each start compiles anew. {REMEDY}")
         return None
     _is_mine = True
     jax.config.update(SETTING, str(mine))
@@ -107,7 +109,7 @@ _said: set[str] = set()
 def _warn_once(problem: str) -> None:
     if problem not in _said:
         _said.add(problem)
-        logger.warning("compile cache: %s Set JAXLLM_CACHE_ROOT to another folder.", problem)
+        logger.warning("compile cache: %s", problem)
 
 
 # ---------------------------------------------------------------- damaged entries
@@ -148,7 +150,7 @@ class SoundEntries:
             part.write_bytes(value)
             part.replace(self._file(key))
         except OSError as error:
-            _warn_once(f"{self._path} cannot be written any more ({error.strerror}).")
+            _warn_once(f"{self._path} cannot be written any more ({error.strerror}). {REMEDY}")
         finally:
             part.unlink(missing_ok=True)
 
@@ -220,7 +222,7 @@ def totals() -> tuple[int, int]:
 
 
 def _on_event(event: str, **_: Any) -> None:
-    if event not in (REQUEST, HIT):
+    if event not in (REQUEST, HIT) or folder() is None:  # JAX asks where there is no folder too
         return
     for seen in (_total, *_watching.open[-1:]):
         # A request is a miss until a hit is reported.

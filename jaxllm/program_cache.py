@@ -139,10 +139,12 @@ class ProgramCache:
                 others.set()
 
     def _compile(self, key: Key) -> None:
+        start = time.perf_counter()
+        with compile_cache.watch():  # constants that tracing may compute are no programs
+            lowered = self.builder.lower(key)
         with compile_cache.watch() as seen:
-            start = time.perf_counter()
-            program = self.builder.lower(key).compile()
-            seconds = time.perf_counter() - start
+            program = lowered.compile()
+        seconds = time.perf_counter() - start
         logger.debug("compiled %s in %.2f s", key, seconds)
         self.counts.num_disk_hits += seen.num_hits
         self.counts.num_disk_misses += seen.num_misses
@@ -161,12 +163,8 @@ class ProgramCache:
         if self.guard == "allow":
             return
         alike: list[Any] = [known for known in list(self.seconds) if type(known) is type(key)]
-        # Of another kind only where there is none of its own.
-        near = min(
-            (known.changes(key) for known in alike),
-            key=lambda changes: (any("mixed" in change for change in changes), len(changes)),
-            default=None,
-        )
+        alike = [k for k in alike if _kind(k) == _kind(key)] or alike
+        near = min((known.changes(key) for known in alike), key=len, default=None)
         changed = f": {', '.join(near)}" if near else ""
         self._object(f"{key} is compiled after warm-up{changed}.")
 
@@ -193,6 +191,11 @@ class ProgramCache:
         if seen.compiled:
             names = ", ".join(dict.fromkeys(seen.compiled))
             self._object(f"{names} was compiled in a step, past the table of programs.")
+
+
+def _kind(key: Key) -> str:
+    """Returns the first word of its name: "decode", "mixed" or "count_tokens"."""
+    return str(key).partition("[")[0]
 
 
 def stands_in(ready: ProgramKey, wanted: ProgramKey) -> bool:

@@ -165,3 +165,12 @@ def test_a_bucket_can_key_a_cache_of_programs():
 
     assert first == second
     assert hash(first) == hash(second)
+
+
+def test_a_lookahead_past_the_longest_sequence_needs_no_wider_page_table():
+    # Rows that end in a launch go on as padding; 1024 tokens fill the widest table exactly.
+    config = EngineConfig(max_model_len=1024, page_size=16, max_decode_steps=8)
+
+    bucket = Buckets(config).of(make_plan([(1020, 1, True)], lookahead=8))
+
+    assert bucket.width == 64

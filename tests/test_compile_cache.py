@@ -62,13 +62,13 @@ def test_folder_of_the_user_is_left_alone(checkpoints, tmp_path):
 # ---------------------------------------------------------------- what is wrong with a folder
 
 ONE = """
-import os, sys, warnings
-warnings.simplefilter("error")
-from jaxllm import compile_cache, logs
-logs.configure()
-print(compile_cache.enable())
+import warnings
 import jax
 import numpy as np
+from jaxllm import compile_cache, logs
+warnings.simplefilter("error")
+logs.configure()
+print(compile_cache.enable())
 with compile_cache.watch() as seen:
     value = jax.jit(lambda x: x * 2 + 1)(np.float32(3))
 print(float(value), seen.num_hits, seen.num_misses)

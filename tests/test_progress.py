@@ -53,8 +53,12 @@ def test_quiet_shows_no_compilation(watched, capsys, monkeypatch):
 
 
 def test_the_line_goes_when_the_compilation_fails(watched, capsys):
-    with pytest.raises(KeyboardInterrupt), progress.compiling("decode[8]"):
-        time.sleep(0.1)
-        raise KeyboardInterrupt
+    def is_interrupted():
+        with progress.compiling("decode[8]"):
+            time.sleep(0.1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        is_interrupted()
 
     assert capsys.readouterr().err.rstrip(" ").endswith("\r")

@@ -217,7 +217,8 @@ def test_warm_up_shows_a_bar_unless_it_should_not(programs, capsys):
     warm_up([programs], KEYS, show_progress=True)
 
     shown = capsys.readouterr().err
-    assert f"Compiling programs: 100%|██████████| {len(KEYS)}/{len(KEYS)}" in shown
+    assert "Compiling programs: 100%" in shown
+    assert f" {len(KEYS)}/{len(KEYS)} [" in shown
 
 
 # ---------------------------------------------------------------- in LLM
