@@ -91,6 +91,51 @@ def gumbel_noise(seeds: jax.Array, positions: jax.Array, vocab_size: int) -> jax
     return -jnp.log(-jnp.log1p(-uniform))
 
 
+def greatest(logits: jax.Array, vocabulary: Vocabulary = WHOLE) -> tuple[jax.Array, jax.Array]:
+    """Returns the first of each row's greatest tokens, and whether it is a finite number.
+
+    A NaN is greater than all, as in NumPy.
+
+    Args:
+        logits: float32 [B, V].
+        vocabulary: Of the logits.
+
+    Returns:
+        int32 [B] and bool [B].
+    """
+    sharder = vocabulary.sharder
+    if sharder is not None and sharder.layout.split("vocab") > 1:
+        return _greatest(logits)  # each device its own, and once combined
+    return jax.lax.platform_dependent(logits, cpu=_greatest_integers, default=_greatest)
+
+
+def _greatest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return tokens, jnp.isfinite(jnp.max(logits, axis=-1))
+
+
+def _greatest_integers(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As integers in the same order: first how great, and then where.
+
+    XLA:CPU carries the place of a maximum along one value at a time, and so takes four times as
+    long; its maximum of floats alone is fast, but loses a NaN, depending on where that stands.
+    """
+    ordered, size = _ordered(logits), logits.shape[1]
+    most = jnp.max(ordered, axis=-1)
+    at = jnp.arange(size, dtype=jnp.int32)[None]
+    tokens = jnp.min(jnp.where(ordered == most[:, None], at, size), axis=-1)
+    least, top = _ordered(jnp.array([-jnp.inf, jnp.inf], jnp.float32))
+    return tokens, (most > least) & (most < top)
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """Returns int32 in the order of float32: zeros are equal, and a NaN is above infinity."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    most = jnp.iinfo(jnp.int32).max
+    ordered = bits ^ (bits >> 31 & most)  # the more negative, the greater are a float's bits
+    return jnp.where(jnp.isnan(x), most, jnp.where(x == 0, 0, ordered))
+
+
 def choose(
     logits: jax.Array,
     inputs: StepInputs,
@@ -116,9 +161,9 @@ def choose(
     if flags.sampled:
         noise = gumbel_noise(sampling.seeds, inputs.kv_lens, logits.shape[1])
         noisy = jnp.where((sampling.temperature == 0)[:, None], processed, processed + noise)
-    tokens = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+    tokens, _ = greatest(noisy, vocabulary)
     # A NaN or +inf makes the maximum so; rows that do not sample may hold anything.
-    finite = jnp.isfinite(jnp.max(logits, axis=-1)) | ~live
+    finite = greatest(logits, vocabulary)[1] | ~live
     possible = finite
     if flags.edits or flags.mask_words:
         possible = (jnp.max(processed, axis=-1) > -jnp.inf) | ~finite | ~live

@@ -17,6 +17,7 @@ from jaxllm.flags import SamplingFlags
 from jaxllm.inputs import SamplingInputs
 from jaxllm.sampler import (
     choose,
+    greatest,
     gumbel_noise,
     logprobs_of,
     process,
@@ -240,6 +241,43 @@ def test_an_impossible_token_is_never_drawn():
     tokens = draw(logits, np.full(4096, 2, np.float32), seed_words(range(4096)), positions(4096))
 
     assert set(np.asarray(tokens).tolist()) == {0, 2}
+
+
+@pytest.mark.parametrize("size", [3, 128, 640, 647])
+def test_the_greatest_is_found_as_numpy_finds_it(size):
+    rng = np.random.default_rng(0)
+    plain = rng.standard_normal((4, size), np.float32)
+    few = rng.integers(0, 3, (4, size)).astype(np.float32)  # many equals
+    zeros = np.where(rng.random((4, size)) < 0.5, np.float32(0), np.float32(-0.0))
+    nothing = np.full((1, size), -INF, np.float32)
+    infinite, broken = plain.copy(), np.concatenate([plain, plain])
+    infinite[:, -1] = INF
+    for i, row in enumerate(
+        broken
+    ):  # NumPy's too: the first NaN is the greatest, whatever its sign
+        row[[i * size // 8, size - 1]] = np.copysign(np.nan, (-1) ** i)
+    logits = np.concatenate([plain, -few, few, zeros, nothing, infinite, broken])
+
+    tokens, finite = jax.jit(greatest)(logits)
+
+    assert tokens.tolist() == np.argmax(logits, axis=-1).tolist()
+    assert finite.tolist() == np.isfinite(np.max(logits, axis=-1)).tolist()
+    assert tokens.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy program", "sampling program"])
+def test_a_number_that_is_none_is_noticed_wherever_it_stands(sampled):
+    logits = np.zeros((40, 640), np.float32)
+    logits[np.arange(39), 16 * np.arange(39) + 3] = np.nan
+    inputs = oracle.step_inputs(
+        SamplingInputs(np.ones(40, np.float32), seed_words(range(40))), positions(40)
+    )
+
+    outputs = chosen(
+        logits, inputs, None, flags=SamplingFlags(sampled=sampled), logprobs_mode="raw_logprobs"
+    )
+
+    assert outputs.finite.tolist() == [False] * 39 + [True]
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy program", "sampling program"])

@@ -1,5 +1,8 @@
 """The arrays of the KV cache: their shapes, their shardings, their allocation."""
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -46,12 +49,40 @@ def abstract_caches(
 
 def allocate(abstract: Caches, fill: Callable[..., jax.Array] = jnp.zeros) -> Caches:
     """Returns arrays of the given shapes on their devices, never on the host first."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    make = jax.jit(
-        lambda: jax.tree.map(lambda leaf: fill(leaf.shape, dtype=leaf.dtype), abstract),
-        out_shardings=shardings,
-    )
-    return make()
+    makers: dict[tuple, Callable[[], jax.Array]] = {}
+
+    def make(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        kind = (leaf.shape, leaf.dtype, leaf.sharding)
+        if kind not in makers:
+            makers[kind] = jax.jit(
+                lambda: fill(leaf.shape, dtype=leaf.dtype), out_shardings=leaf.sharding
+            )
+        array = makers[kind]()
+        return unmapped(array) if fill is jnp.zeros else array
+
+    return jax.tree.map(make, abstract)
+
+
+def unmapped(zeros: jax.Array) -> jax.Array:
+    """Gives the memory of an array of zeros back to the system until it is written; returns it.
+
+    Linux maps such pages as zeros again when they are used. So a cache takes the memory of the
+    pages that sequences have had, and not of all. Elsewhere, and on devices, it does nothing.
+    """
+    if sys.platform != "linux":
+        return zeros
+    for shard in zeros.addressable_shards:
+        if shard.device.platform != "cpu":
+            continue
+        start = shard.data.block_until_ready().unsafe_buffer_pointer()
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (start + shard.data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            # What it returns is of no use: where the system cannot, the zeros stay as they are.
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED
+            )
+    return zeros
 
 
 def bytes_per_token(specs: Sequence[CacheSpec], dtype: DTypeLike) -> int:

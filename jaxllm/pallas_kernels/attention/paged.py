@@ -71,9 +71,9 @@ class PagedAttend:
             xla.write(held, new, self.slot_mapping, self.tuning.order)
             for held, new in zip(cache, (k, v), strict=True)
         )
-        out = q  # rows of padding keep anything finite
-        if self.blocks is not None:
-            out = xla.attend_blocks(q, pages, self, spec)
+        if self.blocks is None:
+            return xla.attend_rows(q, pages, self, spec), pages
+        out = xla.attend_blocks(q, pages, self, spec)
         if self.decode_rows:
             decoded = xla.attend_rows(q[: self.decode_rows], pages, self, spec)
             is_decode = jnp.arange(self.decode_rows) < self.num_decodes

@@ -89,12 +89,13 @@ class Tuning:
 
 TUNING = {
     # KPSD: gathered pages are the operand of a batched matrix product as they lie.
-    # A group's keys stay in a core's own cache: 64 rows x 512 keys at once took 4x as long.
+    # Few groups, as each takes a dozen small operations (256 KiB of keys in a group took 1.5x the
+    # time); but memory for all rows at once is mapped anew in each step, and that took 3x.
     # XLA:CPU has no batched product of bfloat16 into float32 in some shapes.
     # Nor a scatter of 16-bit floats: the cache would become float32 and back in every step.
     "cpu": Tuning(
         order="KPSD",
-        gather_bytes=1 << 19,
+        gather_bytes=1 << 21,
         dynamic_trips=True,
         score_bytes=0,
         # Three to four times as fast as all keys at once (64 queries, 9 heads; 512 keys).
