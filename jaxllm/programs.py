@@ -53,7 +53,8 @@ class ProgramKey:
     def __str__(self) -> str:
         """A short name for progress lines and statistics."""
         b = self.bucket
-        shape = f"decode[{b.rows}]" if b.is_decode else f"mixed[{b.tokens}x{b.rows}]"
+        kind = "mixed" if b.decode_rows else "prefill"
+        shape = f"decode[{b.rows}]" if b.is_decode else f"{kind}[{b.tokens}x{b.rows}]"
         return f"{shape} x{self.steps} width {b.width} {self.flags}".rstrip()
 
     def serves(self, other: "ProgramKey") -> bool:

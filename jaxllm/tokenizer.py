@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from jaxllm.errors import CheckpointError, ConfigError, RequestError
 from jaxllm.sampling_params import as_integer, limit
 from jaxllm.text_stream import INCOMPLETE, Detokenizer, decode, ids_of
-from jaxllm.transformers_imports import AutoTokenizer
 
 __all__ = [
     "Detokenizer",

@@ -16,7 +16,7 @@ LEVELS = [
     # A file may import from its own level and those above. A folder speaks for all its
     # files; where both a folder and a file in it are named, the file's own place counts.
     ["errors", "logs", "interrupts", "hlo", "traffic", "thunks", "flops"],
-    ["compile_cache", "transformers_imports"],
+    ["compile_cache"],
     ["keywords", "vllm_keywords", "config", "sampling_params", "pooling_params", "outputs"],
     ["prompts", "generation_defaults", "logit_rules", "text_stream", "truncation", "chat"],
     ["modeling.config", "devices", "sharding", "pallas_kernels", "tokenizer", "hub"],
@@ -94,7 +94,7 @@ HOST_FILES = [
 """Files that hold no arrays of a device."""
 
 OWNERS = {
-    "transformers": ["transformers_imports", "hub", "modeling.families", "demo"],
+    "transformers": ["tokenizer", "hub", "modeling.registry", "modeling.families", "demo"],
     "tokenizers": ["tokenizer", "demo"],
     "huggingface_hub": ["hub"],
     "safetensors": ["modeling.weights", "demo"],

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
 from jaxllm.errors import (
     CheckpointError,
     ConfigError,
@@ -24,7 +26,6 @@ from jaxllm.modeling.config import ModelConfig
 from jaxllm.modeling.decoder import Decoder
 from jaxllm.modeling.weights import Weight
 from jaxllm.sampling_params import as_integer
-from jaxllm.transformers_imports import CONFIG_MAPPING, PreTrainedConfig
 
 # Architecture name in config.json -> module in `families`.
 ARCHITECTURES: dict[str, str] = {
