@@ -73,8 +73,8 @@ class LLM(metaclass=ExplainsKeywords):
     """A language model, loaded and ready to generate; all in this process.
 
     Args:
-        model: A hub id, a local folder, or "demo" for the small model that ships
-            with jaxllm.
+        model: A hub id, a local folder, one that `save` wrote, or "demo" for the small
+            model that ships with jaxllm.
         tokenizer: Another hub id or folder for the tokenizer; the model's by default.
         tokenizer_mode: "auto" or "hf", or "slow" for the tokenizer in pure Python.
         skip_tokenizer_init: Load no tokenizer: prompts are token ids, texts are "".
@@ -742,7 +742,7 @@ class LLM(metaclass=ExplainsKeywords):
 
         The cache is made anew and past prompts are forgotten; unfinished requests go on,
         computed again. Programs that were compiled for a layout are kept for the next time.
-        An error or an interrupt leaves the model where it was.
+        After an error or an interrupt the model is where it was.
 
         Args:
             layout: As for `LLM`.

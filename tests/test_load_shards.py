@@ -45,8 +45,15 @@ needed = 0
 for param in params:
     shards = {str(shard.index): shard.data.nbytes for shard in param.addressable_shards}
     needed += sum(shards.values())
-total = plan.model.num_bytes
-print(json.dumps({"read": count[0], "needed": needed, "total": total}), flush=True)
+total, read = plan.model.num_bytes, count[0]
+
+from jaxllm.modeling.checkpoint import checksum
+from jaxllm.saving import save
+sums = [checksum(param) for param in params]
+save(sys.argv[4], plan, params, tokenizer_folder=folder)
+again = plan_load(Path(sys.argv[4]), wishes, sharder, "auto")
+back = [checksum(param) for param in load_params(again, seed=0, show_progress=False)]
+print(json.dumps({"read": read, "needed": needed, "total": total, "same": sums == back}))
 """
 
 
@@ -76,7 +83,7 @@ def test_each_shard_is_read_once_however_many_devices_have_it(checkpoints, monke
 
 
 @pytest.mark.slow
-def test_each_process_reads_only_what_its_devices_need(tmp_path, unused_port):
+def test_each_process_reads_only_its_share_and_all_save_together(tmp_path, unused_port):
     folder = tiny_checkpoint(tmp_path / "model", num_attention_heads=8, num_key_value_heads=8)
     environment = {
         **os.environ,
@@ -87,7 +94,10 @@ def test_each_process_reads_only_what_its_devices_need(tmp_path, unused_port):
     command = [sys.executable, "-c", SCRIPT, f"localhost:{unused_port}"]
     running = [
         subprocess.Popen(
-            [*command, str(i), str(folder)], env=environment, stdout=subprocess.PIPE, text=True
+            [*command, str(i), str(folder), str(tmp_path / "saved")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for i in range(2)
     ]
@@ -101,6 +111,8 @@ def test_each_process_reads_only_what_its_devices_need(tmp_path, unused_port):
     for output in outputs:
         counted = json.loads(output.splitlines()[-1])
         assert counted["read"] == counted["needed"] < 0.6 * counted["total"]
+        assert counted["same"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "saved"]
 
 
 @pytest.fixture

@@ -398,33 +398,32 @@ def load(sources: Sequence[Source], report: Callable[[int], object]) -> tuple[ja
     # Never more than the largest parameter, which must fit beside the others anyway.
     most = min(IN_FLIGHT, max(source.leaf.num_bytes for source in sources))
     for source in sources:
-        leaf = source.leaf
-        if in_flight + leaf.num_bytes > most:
-            jax.block_until_ready(waiting)
-            waiting, in_flight = [], 0
-        read = _once(source.read)
-        param = jax.make_array_from_callback(leaf.shape.shape, leaf.shape.sharding, read)
+        leaf, shards = source.leaf, []
+        for index, devices in _shards(leaf):
+            value = source.read(index)
+            if in_flight + value.nbytes > most:
+                jax.block_until_ready(waiting)
+                waiting, in_flight = [], 0
+            placed = [jax.device_put(value, device) for device in devices]
+            shards += placed
+            waiting += placed
+            in_flight += value.nbytes
+        shape = leaf.shape
+        param = jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, shards)
         params.append(param)
-        waiting.append(param)
-        in_flight += leaf.num_bytes
         report(leaf.num_bytes)
     jax.block_until_ready(waiting)
     return tuple(params)
 
 
-def _once(
-    read: Callable[[tuple[slice, ...] | None], np.ndarray],
-) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
-    """Returns a `read` that gives devices with the same shard one array of it."""
-    held: dict[tuple[tuple[int | None, int | None], ...], np.ndarray] = {}
-
-    def read_once(index: tuple[slice, ...] | None) -> np.ndarray:
+def _shards(leaf: Leaf) -> list[tuple[tuple[slice, ...] | None, list[jax.Device]]]:
+    """Returns the shards that this process needs, each with the devices that have it."""
+    found: dict[tuple, tuple[tuple[slice, ...] | None, list[jax.Device]]] = {}
+    where = leaf.shape.sharding.addressable_devices_indices_map(leaf.shape.shape)
+    for device, index in where.items():
         key = tuple((s.start, s.stop) for s in index or ())
-        if key not in held:
-            held[key] = read(index)
-        return held[key]
-
-    return read_once
+        found.setdefault(key, (index, []))[1].append(device)
+    return list(found.values())
 
 
 def ties_differ(checkpoint: Checkpoint, head: str, embedding: str) -> bool:
