@@ -5,9 +5,11 @@ import os
 # transformers reads configs and tokenizers here; that it finds no PyTorch is no news.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+from jaxllm import distributed
 from jaxllm.errors import (
     CheckpointError,
     ConfigError,
+    DistributedError,
     FamilyImportError,
     JaxLLMError,
     NonFiniteError,
@@ -44,6 +46,7 @@ __all__ = [
     "CompletionOutput",
     "CompletionScore",
     "ConfigError",
+    "DistributedError",
     "FamilyImportError",
     "FlatLogprobs",
     "Hardware",
@@ -64,6 +67,7 @@ __all__ = [
     "SweepRow",
     "UnsupportedModelError",
     "__version__",
+    "distributed",
     "inspect",
     "plan",
     "set_verbosity",

@@ -106,14 +106,24 @@ class Engine:
         self.in_call = frozenset(request.request_id for request in requests)
         try:
             with interrupts.noticed():
+                self._tell_peers(requests)
                 for request in requests:
                     if request.request_id not in self.requests and not request.is_finished:
                         self.add_request(request)
                 yield
-        except BaseException:
+        except BaseException as error:
+            self.runner.peers.say(f"end a call by {type(error).__name__}")
             self.recover()
             raise
         self.in_call = frozenset()
+
+    def _tell_peers(self, requests: Several[Request]) -> None:
+        """Makes sure that every process of the engine was given the same requests."""
+        fresh = [request for request in requests if request.request_id not in self.requests]
+        asked = [(r.prompt_token_ids, r.params, [s.seed for s in r.sequences]) for r in fresh]
+        what = f"call with {len(requests)} requests, {len(fresh)} of them new;"
+        self.runner.peers.say(what, asked)
+        self.runner.peers.agree()
 
     def step(self) -> list[Request]:
         """Launches a step and applies the results of the one before; returns what has finished.

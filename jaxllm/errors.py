@@ -41,6 +41,10 @@ class RecompileError(JaxLLMError):
     """Something was compiled after warm-up, and `JAXLLM_RECOMPILE=error` forbids it."""
 
 
+class DistributedError(JaxLLMError):
+    """The processes of a job do not do the same, or one of them is gone; start all again."""
+
+
 class NonFiniteError(JaxLLMError):
     """The model gave NaN or infinite logits."""
 

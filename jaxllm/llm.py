@@ -38,6 +38,7 @@ from jaxllm.loading import (
 from jaxllm.logs import configure
 from jaxllm.modeling.registry import Overrides
 from jaxllm.outputs import CompletionScore, RequestOutput
+from jaxllm.peers import peers_of
 from jaxllm.program_cache import asked_guard
 from jaxllm.programs import ProgramBuilder
 from jaxllm.progress import Progress, ProgressBar
@@ -206,6 +207,9 @@ class LLM(metaclass=ExplainsKeywords):
         wanted = WITHOUT_WEIGHTS if load_format == "dummy" else PATTERNS
         folder = local_folder(model, revision, hf_token, download_dir, wanted)
         sharder, *others = sharders(layout, tensor_parallel_size, data_parallel_size, devices)
+        if self._warmup == "background":  # what is ready when differs between processes
+            peers = peers_of(*(one.mesh for one in (sharder, *others)))
+            peers.refuse("warmup='background'", "Use 'full', or 'lazy'.")
         plan = plan_load(folder, wishes, sharder, load_format, hf_overrides, others)
         self._defaults = default_sampling_params(
             generation_config_of(folder, generation_config), override_generation_config or {}
@@ -761,6 +765,8 @@ class LLM(metaclass=ExplainsKeywords):
         runner = engine.runner
         have = list(runner.builder.sharder.mesh.devices.flat)
         sharder = one_sharder(layout, tensor_parallel_size, devices, have)
+        for peers in (runner.peers, peers_of(sharder.mesh)):
+            peers.refuse("reshard", "Make another LLM.")
         plan = self._plans.get(sharder) or plan_reshard(self._plan, sharder, runner.held_bytes())
         builder = ProgramBuilder(plan.model, plan.engine, sharder, plan.memory.num_pages)
         is_known = sharder in self._plans
@@ -784,7 +790,9 @@ class LLM(metaclass=ExplainsKeywords):
         Raises:
             CheckpointError: There is something at `path` already.
         """
-        params = engines_of(self._live_engine())[0].runner.params
+        runner = engines_of(self._live_engine())[0].runner
+        runner.peers.refuse("save", "Save it where one process has all of it.")
+        params = runner.params
         files = self._tokenizer_folder
         save(path, self._plan, params, tokenizer_folder=files)
 

@@ -29,6 +29,7 @@ from jaxllm.cache.memory import (
 )
 from jaxllm.config import EngineConfig
 from jaxllm.devices import Room, resolve_dtype, room_on
+from jaxllm.distributed import local_devices
 from jaxllm.errors import ConfigError
 from jaxllm.logs import shows_progress
 from jaxllm.modeling import checkpoint as saved
@@ -37,6 +38,7 @@ from jaxllm.modeling.abstract import AbstractModel, abstract_model, init_params
 from jaxllm.modeling.config import ModelConfig, with_length
 from jaxllm.modeling.fitting import fit, unfit
 from jaxllm.modeling.manifest import Manifest, read_manifest
+from jaxllm.peers import peers_of
 from jaxllm.sampling_params import as_integer
 from jaxllm.sharding.apply import Sharder
 from jaxllm.sharding.layouts import Layout
@@ -185,7 +187,7 @@ def plan_load(
     is_read = load_format != "dummy" and manifest is None
     checkpoint = weights.Checkpoint(folder) if is_read else None
     config, ignored = _tied_as_stored(config, family, checkpoint)
-    device = sharder.mesh.devices.flat[0]
+    device = local_devices(sharder.mesh)[0]
     stored = np.dtype(weights.DTYPES[checkpoint.dtype()]).name if checkpoint else stated_dtype(hf)
     dtype = resolve_dtype(wishes.dtype, stored, device, overflows=config.float16_overflows)
     length = max_model_len(wishes.max_model_len, config, hf)
@@ -195,8 +197,7 @@ def plan_load(
     sources = weights.match(model, checkpoint, family.WEIGHTS, ignored) if checkpoint else []
     if manifest:
         manifest.check_parameters(model)
-    devices = [device for one in (sharder, *others) for device in one.mesh.devices.flat]
-    room = room_on(devices, memory_fraction(wishes, device.platform))
+    room = _room(wishes, [sharder, *others])
     memory = fit_cache(wishes, config, engine, model, sharder.layout, room)
     if memory.max_model_len != length:  # rotations may depend on it; no shape does
         engine = replace(engine, max_model_len=memory.max_model_len)
@@ -218,6 +219,16 @@ def plan_load(
         manifest,
         fitted.notes,
     )
+
+
+def _room(wishes: Wishes, where: Sequence[Sharder]) -> Room:
+    """Returns the memory of a device; of the host that has the least, where there are several."""
+    peers = peers_of(*(sharder.mesh for sharder in where))
+    devices = [device for sharder in where for device in local_devices(sharder.mesh)]
+    room = room_on(devices, memory_fraction(wishes, devices[0].platform))
+    most = peers.least("ask for memory", room.most)
+    free = peers.least("ask for free memory", room.limit - room.in_use)
+    return replace(room, most=most, limit=room.in_use + free)
 
 
 def _tied_as_stored(

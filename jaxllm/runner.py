@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.cache.kv_cache import allocate
+from jaxllm.distributed import put
 from jaxllm.inputs import DeviceState, StepOutputs
 from jaxllm.modeling.forms import is_placed, move
+from jaxllm.peers import peers_of
 from jaxllm.program_cache import ProgramCache
-from jaxllm.programs import ProgramBuilder, ProgramKey, count_key
+from jaxllm.programs import Key, ProgramBuilder, ProgramKey, count_key
 
 
 class ModelRunner:
@@ -35,6 +37,9 @@ class ModelRunner:
         self.programs = ProgramCache(builder)
         """Of the layout that parameters and cache have."""
 
+        self.peers = peers_of(builder.sharder.mesh)
+        self.peers.say("make an engine", builder.model.leaves, builder.engine, builder.num_pages)
+        self.peers.agree()
         self._fill = fill
         self.state = self._new_state(builder)
         self._known = {builder.sharder: self.programs}
@@ -51,9 +56,7 @@ class ModelRunner:
 
     def _new_state(self, builder: ProgramBuilder) -> DeviceState:
         shapes = builder.state_shapes()
-        last_token = jax.device_put(
-            np.zeros(shapes.last_token.shape, np.int32), shapes.last_token.sharding
-        )
+        last_token = put(np.zeros(shapes.last_token.shape, np.int32), shapes.last_token.sharding)
         return DeviceState(allocate(shapes.caches, self._fill), last_token)
 
     def launch(self, key: ProgramKey, buffer: np.ndarray) -> StepOutputs:
@@ -66,8 +69,8 @@ class ModelRunner:
         Returns:
             The outputs, on the device and on their way to the host; for `fetch`.
         """
-        program = self.programs.get(key)
-        sent = jax.device_put(buffer, self.builder.sharder.sharding())
+        program = self._program(key, buffer)
+        sent = put(buffer, self.builder.sharder.sharding())
         state = self.state
         if key.flags.penalties:
             state = replace(state, token_counts=self._live_counts())
@@ -81,9 +84,20 @@ class ModelRunner:
             leaf.copy_to_host_async()
         return outputs
 
+    def _program(self, key: Key, *data: Any) -> Callable[..., Any]:
+        """Returns a program that every process is about to run with the same data."""
+        self.peers.say(key, *data)
+        if key not in self.programs:
+            self.peers.agree()  # while devices compile a program together, nobody can be stopped
+        return self.programs.get(key)
+
     def fetch(self, outputs: StepOutputs) -> StepOutputs:
         """Waits for a step's outputs, and returns them as NumPy arrays."""
-        return jax.device_get(outputs)
+        self.peers.wait(outputs)
+        try:
+            return jax.device_get(outputs)
+        except jax.errors.JaxRuntimeError as error:
+            raise self.peers.explain(error) from error
 
     def count_tokens(self, row: int, tokens: Sequence[int], num_prompt: int) -> None:
         """Sets the counts that the penalties of a row follow.
@@ -96,13 +110,15 @@ class ModelRunner:
         key = count_key(len(tokens))
         padded = np.zeros(key.tokens, np.int32)
         padded[: len(tokens)] = tokens
-        numbers = (np.int32(row), padded, np.int32(num_prompt), np.int32(len(tokens)))
-        self._counts = self.programs.get(key)(self._live_counts(), *numbers)
+        everywhere = self.builder.sharder.sharding()
+        given = (np.int32(row), padded, np.int32(num_prompt), np.int32(len(tokens)))
+        numbers = (put(np.asarray(x), everywhere) for x in given)
+        self._counts = self._program(key, *given)(self._live_counts(), *numbers)
 
     def _live_counts(self) -> jax.Array:
         if self._counts is None or self._counts.is_deleted():
             shape = self.builder.counts_shape()
-            counts = jax.device_put(np.zeros(shape.shape, shape.dtype), shape.sharding)
+            counts = put(np.zeros(shape.shape, shape.dtype), shape.sharding)
             self._counts = counts
             return counts
         return self._counts
@@ -120,8 +136,11 @@ class ModelRunner:
     def recover(self) -> None:
         """Makes a new cache in place of a lost one; its content is gone.
 
-        Parameters that a cut-off `reshard` has moved are brought back.
+        Parameters that a cut-off `reshard` has moved are brought back. What waits for other
+        processes in vain would be waited for in vain here too.
         """
+        if self.peers.problem is not None:
+            return
         if self._moving is not None:
             self._free_state()
             self._place(self._moving, self.builder)
