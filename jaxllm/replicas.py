@@ -3,13 +3,16 @@
 Each engine has a thread for its steps, as a step waits for its device. Everything else
 happens in the caller's thread and only while no step runs: requests are queued when a
 call begins, and a call that ends, however it does, first lets the steps in progress end.
+
+Threads and caller meet in queues and locks that are written in C. The futures of the
+standard library are not: an interrupt within one can leave its lock held for good.
 """
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
 
 import jax
 
@@ -19,6 +22,18 @@ from jaxllm.programs import ProgramBuilder
 from jaxllm.runner import ModelRunner
 from jaxllm.sequence import Request
 from jaxllm.sharding.apply import Sharder
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """A step that a thread is asked for, and what came of it."""
+
+    turn: object
+    """Of the call that asked."""
+
+    finished: list[Request] = field(default_factory=list)
+    error: BaseException | None = None
+    is_done: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -32,14 +47,23 @@ class Replica:
     turn: object = None
     """Of the call in progress; a step that was asked for in an earlier one does nothing."""
 
-    step: "Future[list[Request]] | None" = None
+    step: Step | None = None
+    inbox: "SimpleQueue[Step | None]" = field(default_factory=SimpleQueue)
+    """Steps that are asked for; None ends the thread."""
 
-    def run(self, turn: object) -> list[Request]:
-        """Runs a step; in the replica's thread."""
-        with self.lock:
-            return self.engine.step() if turn is self.turn else []
+    def work(self, done: "SimpleQueue[None]") -> None:
+        """Runs the steps that are asked for; the replica's thread."""
+        while (step := self.inbox.get()) is not None:
+            try:
+                with self.lock:
+                    if step.turn is self.turn:
+                        step.finished = self.engine.step()
+            except BaseException as error:
+                step.error = error
+            step.is_done = True
+            done.put(None)
 
-    def take(self) -> "Future[list[Request]] | None":
+    def take(self) -> Step | None:
         """Returns the step asked for, if there is one, and forgets it."""
         step, self.step = self.step, None
         return step
@@ -54,7 +78,12 @@ class Replicas:
 
     def __init__(self, engines: Iterable[Engine]) -> None:
         self._replicas = tuple(Replica(engine) for engine in engines)
-        self._threads = ThreadPoolExecutor(len(self._replicas), "jaxllm-replica")
+        self._done: SimpleQueue[None] = SimpleQueue()
+        """Has an entry for each step that is done, and some for those that nobody waits for."""
+
+        for replica in self._replicas:
+            arguments = {"target": replica.work, "args": (self._done,), "daemon": True}
+            threading.Thread(name="jaxllm-replica", **arguments).start()
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -109,7 +138,7 @@ class Replicas:
                 interrupt = error
         for replica in self._replicas:
             step = replica.take()
-            failure = failure or (step.exception() if step else None)
+            failure = failure or (step.error if step else None)
         if interrupt is not None:
             raise interrupt
         return failure
@@ -123,16 +152,18 @@ class Replicas:
         interrupts.check()
         for replica in self._replicas:
             if replica.step is None and replica.engine.requests:
-                replica.step = self._threads.submit(replica.run, replica.turn)
-        steps = [replica.step for replica in self._replicas if replica.step is not None]
-        if not steps:
+                replica.step = Step(replica.turn)
+                replica.inbox.put(replica.step)
+        if all(replica.step is None for replica in self._replicas):
             return []
-        wait(steps, return_when=FIRST_COMPLETED)
+        self._done.get()
         finished = []
         for replica in self._replicas:
-            if replica.step is not None and replica.step.done():
+            if replica.step is not None and replica.step.is_done:
                 step = replica.take()
-                finished += step.result() if step else []
+                if step is not None and step.error is not None:
+                    raise step.error
+                finished += step.finished if step else []
         return finished
 
     def abort_later(self, request_ids: Iterable[str]) -> None:
@@ -143,7 +174,8 @@ class Replicas:
 
     def close(self) -> None:
         """Ends the threads, which are idle."""
-        self._threads.shutdown(wait=False)
+        for replica in self._replicas:
+            replica.inbox.put(None)
 
 
 def cost(request: Request, engine: Engine) -> int:
