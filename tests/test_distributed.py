@@ -24,6 +24,7 @@ MODEL = {"vocab_size": 104, "num_key_value_heads": 4}
 HEARTBEAT = 3
 """Seconds: a process that is killed is noticed after them, by JAX after 9."""
 
+SLOW = pytest.mark.slow
 ALLOWED = 100
 """Seconds for a scenario, far more than it takes: two processes start on a busy machine."""
 
@@ -73,6 +74,7 @@ def folder(checkpoints):
     return checkpoints("llama", **MODEL)
 
 
+@SLOW
 def test_two_processes_give_the_tokens_of_one(folder):
     ended = run("same", folder)
 
@@ -100,9 +102,9 @@ def test_two_processes_give_the_tokens_of_one(folder):
     ("scenario", "said"),
     [
         ("prompts_differ", "event 3 is 'call with 2 requests, 2 of them new; "),
-        ("plans_differ", "do not do the same: event"),
-        ("interrupted", "'end a call by KeyboardInterrupt' there"),
-        ("leaves", "Process 1 has ended its script, and process 0 waits for it"),
+        pytest.param("plans_differ", "do not do the same: event", marks=SLOW),
+        pytest.param("interrupted", "'end a call by KeyboardInterrupt' there", marks=SLOW),
+        pytest.param("leaves", "Process 1 has ended its script, and process 0", marks=SLOW),
     ],
 )
 def test_processes_that_do_not_do_the_same_end_with_an_error_that_says_so(folder, scenario, said):
@@ -114,6 +116,7 @@ def test_processes_that_do_not_do_the_same_end_with_an_error_that_says_so(folder
     assert all(one.seconds < 60 for one in ended)
 
 
+@SLOW
 def test_when_one_process_dies_the_other_raises_an_error_that_says_so(folder):
     survivor, dead = run("one_dies", folder)
 
@@ -123,6 +126,7 @@ def test_when_one_process_dies_the_other_raises_an_error_that_says_so(folder):
     assert survivor.seconds < 60
 
 
+@SLOW
 def test_when_process_0_dies_the_other_ends_with_an_error_that_says_so(folder):
     dead, survivor = run("first_dies", folder)
 
