@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Several
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -48,9 +48,6 @@ class EngineStats:
 
     step_seconds: float = 0.0
     """Spent on launching, and on waiting for results."""
-
-    compile_seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds of each program, in the order of first use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,9 +233,6 @@ class Engine:
         stats.num_steps += 1
         stats.num_tokens += plan.num_tokens
         stats.num_padded_tokens += key.bucket.tokens - plan.num_tokens
-        name = str(key)
-        if name not in stats.compile_seconds:
-            stats.compile_seconds[name] = self.runner.programs.seconds[key]
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Ends requests, finished or not, and frees what they hold."""

@@ -6,16 +6,15 @@ A user's own numbers are a `Hardware`, or a dict of what differs from a known on
 """
 
 import functools
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxllm.devices import memory_limit
 from jaxllm.errors import ConfigError, nearest
+from jaxllm.machine import Machine, measure_machine
 from jaxllm.sampling_params import as_integer
 from jaxllm.sharding.gpu_topology import CARDS
 
@@ -317,41 +316,26 @@ def this_cpu(count: int | None = None) -> Hardware:
     Virtual devices (`--xla_force_host_platform_device_count`) share the cores and the
     memory. Takes a second, once in a process.
     """
-    measured = _measured()
+    float32, bfloat16 = _measured("float32"), _measured("bfloat16")
     return Hardware(
         name="cpu",
         platform="cpu",
         memory_bytes=memory_limit(jax.devices("cpu")[0], 1.0),
-        memory_bandwidth=measured["bandwidth"],
-        matmul={dtype: measured[dtype] for dtype in ("float32", "bfloat16")},
-        link_bandwidth=measured["bandwidth"] / 2,  # a copy reads and writes
+        memory_bandwidth=float32.read_bytes_per_s,
+        matmul={"float32": float32.flops_per_s, "bfloat16": bfloat16.flops_per_s},
+        link_bandwidth=float32.read_bytes_per_s / 2,  # a copy reads and writes
         is_shared=True,
         count=count,
-        source="measured in this process, over all cores: products of 1024 x 1024 and a pass "
-        "over 64 MiB; virtual devices share them",
+        source=f"measured in this process, over all cores: products of {SIDE} x {SIDE} and reads "
+        f"of {READ_BYTES >> 20} MiB; virtual devices share them",
     )
 
 
+SIDE, READ_BYTES = 1024, 64 << 20
+"""Of what is measured: less than a benchmark takes, as a plan is to be quick."""
+
+
 @functools.cache
-def _measured() -> dict[str, float]:
-    """Returns the rates of all cores together."""
+def _measured(dtype: str) -> Machine:
     device = jax.devices("cpu")[0]
-    size, found = 1024, {}
-    for dtype in ("float32", "bfloat16"):
-        x = jax.device_put(jnp.full((size, size), 0.5, dtype), device)
-        product = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
-        found[dtype] = 2 * size**3 / _seconds(product, x)
-    x = jax.device_put(jnp.zeros(1 << 24, jnp.float32), device)
-    found["bandwidth"] = 2 * x.nbytes / _seconds(jax.jit(lambda x: x + 1), x)
-    return found
-
-
-def _seconds(run: Callable[[jax.Array], jax.Array], x: jax.Array, times: int = 5) -> float:
-    """Returns the shortest of several runs."""
-    run(x).block_until_ready()
-    best = float("inf")
-    for _ in range(times):
-        start = time.perf_counter()
-        run(x).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return best
+    return measure_machine(dtype, device=device, seconds=0.1, read_bytes=READ_BYTES, side=SIDE)

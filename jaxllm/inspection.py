@@ -5,7 +5,6 @@ one of which there is no more than config.json, and for a GPU that is not here.
 """
 
 import html
-import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -17,18 +16,19 @@ import jax
 
 from jaxllm import thunks
 from jaxllm.buckets import Bucket, Buckets, at_least
-from jaxllm.cache.kv_cache import bytes_per_token
-from jaxllm.cache.memory import autotune_bytes, counts_bytes, plan_memory, temp_bound
+from jaxllm.cache.memory import temp_bound
 from jaxllm.config import EngineConfig
-from jaxllm.devices import memory_limit, resolve_dtype
+from jaxllm.devices import Room, room_on
 from jaxllm.errors import ConfigError, nearest
-from jaxllm.hub import config_folder
-from jaxllm.loading import CPU_CACHE, DEFAULTS, Wishes, engine_config, max_model_len, stated_dtype
+from jaxllm.loading import Wishes, fit_cache, memory_fraction, resolve, stated_dtype
 from jaxllm.modeling import registry
-from jaxllm.modeling.abstract import AbstractModel, abstract_model
-from jaxllm.modeling.config import ModelConfig, with_length
+from jaxllm.modeling.abstract import abstract_model
+from jaxllm.modeling.config import ModelConfig
+from jaxllm.modeling.fitting import fit
+from jaxllm.planner import model_name, read_config
 from jaxllm.program_report import ProgramReport, Write, report
 from jaxllm.programs import ProgramBuilder, ProgramKey
+from jaxllm.roofline import weights_read
 from jaxllm.sampling_params import as_integer
 from jaxllm.sharding.apply import Sharder
 from jaxllm.sharding.gpu_topology import CARDS, compile_only, gpu_devices
@@ -336,7 +336,7 @@ def inspect(  # noqa: PLR0913
     )
     wanted = Wanted(program=program, batch=batch, tokens=tokens, steps=steps, context=context)
     count = _number("devices", devices, None)
-    hf = _config(model, hf_overrides, revision, hf_token)
+    hf = read_config(model, hf_overrides, revision, hf_token)
     if target is not None and target not in CARDS:
         raise ConfigError(
             f"target={target!r} is not known{nearest(str(target), CARDS)}. Use one of "
@@ -346,8 +346,7 @@ def inspect(  # noqa: PLR0913
     found = None if target is None else gpu_devices(target, count)
     sharder = Sharder(layout, make_mesh(layout, found))
     builder, config = builder_of(hf, wishes, sharder, target)
-    name = (hf.architectures or ["a model"])[0] if isinstance(model, Mapping) else str(model)
-    return inspect_program(builder, config, name, wanted)
+    return inspect_program(builder, config, model_name(model, hf), wanted)
 
 
 def inspect_program(
@@ -397,9 +396,7 @@ def ideal_bytes(builder: ProgramBuilder, bucket: Bucket) -> Ideal:
     pools = jax.tree.leaves(builder.state_shapes().caches)
     token = sum(map(bytes_of_a_device, pools)) // (builder.num_pages * page_size)
     return Ideal(
-        weights=sum(
-            leaf.bytes_per_device() for leaf in model.leaves if not _looked_up(model, leaf.path)
-        ),
+        weights=weights_read(model),
         cache_read=bucket.rows * bucket.width * page_size * token,
         cache_written=bucket.tokens * token,
     )
@@ -409,12 +406,6 @@ def bytes_of_a_device(leaf: jax.ShapeDtypeStruct) -> int:
     """Returns the bytes of a shape's shard."""
     shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
     return jax.ShapeDtypeStruct(shape, leaf.dtype).size * leaf.dtype.itemsize
-
-
-def _looked_up(model: AbstractModel, path: str) -> bool:
-    """Whether a step reads no more of a weight than a row a token."""
-    untied = any(leaf.path == "head.weight" for leaf in model.leaves)
-    return path == "positions.weight" or (untied and path == "embed.weight")
 
 
 def builder_of(
@@ -432,54 +423,19 @@ def builder_of(
         ConfigError: The model does not fit.
     """
     _, family = registry.family_of(hf)
-    config = registry.model_config(hf, family)
-    device = sharder.mesh.devices.flat[0]
-    overflows = config.float16_overflows
-    dtype = resolve_dtype(wishes.dtype, stated_dtype(hf), device, overflows=overflows)
-    length = max_model_len(wishes.max_model_len, config, hf)
-    engine = engine_config(wishes, length, dtype, device)
-    config = with_length(config, length)
-    model = abstract_model(config, family.build, dtype, sharder)
-    try:
-        weights = model.bytes_per_device()
-    except ValueError as error:
-        raise ConfigError(
-            f"devices={sharder.mesh.size} do not divide this model: {error}. Use a number that "
-            "divides its heads, its feed-forward width and its vocabulary."
-        ) from error
-    on_cpu = device.platform == "cpu"
-    fraction = DEFAULTS["cpu" if on_cpu else "gpu"]["memory_fraction"]
-    shards = dict(sharder.mesh.shape).get("tensor", 1)
-    token = bytes_per_token(model.cache_specs, dtype) // shards
-    temp = temp_bound(config, engine, Buckets(engine).largest())
-    temp += counts_bytes(config, engine) // shards
-    sequence = (engine.pages_per_seq + 1) * engine.page_size * token
-    memory = plan_memory(
-        engine=engine,
-        limit=int(CARDS[target].memory_bytes * fraction)
-        if target
-        else memory_limit(device, fraction),
-        weights=weights,
-        temp=temp if on_cpu else temp + autotune_bytes(model.largest_leaf_per_device()),
-        token_bytes=token,
-        cache_bytes=max(CPU_CACHE, sequence) if on_cpu else None,
-        fit_length=wishes.max_model_len in ("auto", -1),
-    )
+    device, layout = sharder.mesh.devices.flat[0], sharder.layout
+    config = fit(registry.model_config(hf, family), family.build, layout).config
+    config, engine = resolve(wishes, config, hf, stated_dtype(hf), device)
+    model = abstract_model(config, family.build, engine.dtype, sharder)
+    fraction = memory_fraction(wishes, device.platform)
+    if target is None:
+        room = room_on(list(sharder.mesh.devices.flat), fraction)
+    else:
+        card = CARDS[target]
+        most = card.memory_bytes
+        room = Room(name=card.name, platform="gpu", most=most, limit=int(most * fraction))
+    memory = fit_cache(wishes, config, engine, model, layout, room)
     return ProgramBuilder(model, engine, sharder, memory.num_pages), config
-
-
-def _config(
-    model: str | Path | Mapping[str, Any],
-    overrides: registry.Overrides | None,
-    revision: str | None,
-    token: str | bool | None,
-) -> Any:
-    """Returns the Hugging Face config of a model, or of the values of one."""
-    if not isinstance(model, Mapping):
-        return registry.read_hf_config(config_folder(model, revision, token), overrides)
-    with tempfile.TemporaryDirectory(prefix="jaxllm-config-") as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(dict(model)))
-        return registry.read_hf_config(Path(folder), overrides)
 
 
 def _number(name: str, value: Any, most: tuple[str, int] | None) -> int:

@@ -189,17 +189,15 @@ def plan_load(
     config, ignored = _tied_as_stored(config, family, checkpoint)
     device = local_devices(sharder.mesh)[0]
     stored = np.dtype(weights.DTYPES[checkpoint.dtype()]).name if checkpoint else stated_dtype(hf)
-    dtype = resolve_dtype(wishes.dtype, stored, device, overflows=config.float16_overflows)
-    length = max_model_len(wishes.max_model_len, config, hf)
-    engine = engine_config(wishes, length, dtype, device)
-    config = with_length(config, length)
+    config, engine = resolve(wishes, config, hf, stored, device)
+    dtype = engine.dtype
     model = abstract_model(config, family.build, dtype, sharder)
     sources = weights.match(model, checkpoint, family.WEIGHTS, ignored) if checkpoint else []
     if manifest:
         manifest.check_parameters(model)
     room = _room(wishes, [sharder, *others])
     memory = fit_cache(wishes, config, engine, model, sharder.layout, room)
-    if memory.max_model_len != length:  # rotations may depend on it; no shape does
+    if memory.max_model_len != engine.max_model_len:  # rotations may depend on it; no shape does
         engine = replace(engine, max_model_len=memory.max_model_len)
         config = with_length(config, memory.max_model_len)
         model = abstract_model(config, family.build, dtype, sharder)
@@ -333,6 +331,26 @@ def engine_config(wishes: Wishes, length: int, dtype: str, device: jax.Device) -
         min_rows=1 if device.platform == "cpu" and dtype == "float32" else 2,
         max_decode_steps=defaults["max_decode_steps"],
     )
+
+
+def resolve(
+    wishes: Wishes, config: ModelConfig, hf: Any, stored: str, device: Any
+) -> tuple[ModelConfig, EngineConfig]:
+    """Returns what was wished for as it will be: element type, length, sizes of a step.
+
+    Args:
+        wishes: Of the caller.
+        config: Of the model, as it fits the layout.
+        hf: The same, as Hugging Face has it.
+        stored: Element type of the checkpoint.
+        device: That will compute; or what stands for it in a plan.
+
+    Raises:
+        ConfigError: A wish cannot be had.
+    """
+    dtype = resolve_dtype(wishes.dtype, stored, device, overflows=config.float16_overflows)
+    length = max_model_len(wishes.max_model_len, config, hf)
+    return with_length(config, length), engine_config(wishes, length, dtype, device)
 
 
 def max_model_len(asked: int | str | None, config: ModelConfig, hf: Any) -> int:

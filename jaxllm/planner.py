@@ -15,21 +15,14 @@ from typing import Any, cast
 from jax.sharding import Mesh
 
 from jaxllm.cache.memory import MemoryPlan
-from jaxllm.devices import Room, resolve_dtype
+from jaxllm.devices import Room
 from jaxllm.errors import ConfigError
 from jaxllm.hardware import Hardware, parse
 from jaxllm.hub import config_folder
-from jaxllm.loading import (
-    Wishes,
-    engine_config,
-    fit_cache,
-    max_model_len,
-    memory_fraction,
-    stated_dtype,
-)
+from jaxllm.loading import Wishes, fit_cache, memory_fraction, resolve, stated_dtype
 from jaxllm.modeling import registry
 from jaxllm.modeling.abstract import AbstractModel, Build, abstract_model
-from jaxllm.modeling.config import ModelConfig, with_length
+from jaxllm.modeling.config import ModelConfig
 from jaxllm.modeling.fitting import fit
 from jaxllm.roofline import EngineShape
 from jaxllm.sharding.apply import Sharder
@@ -72,13 +65,10 @@ class Planner:
         config = registry.model_config(self.hf, family)
         one = layout.replica()
         fitted = fit(config, family.build, one)
-        config, device = fitted.config, cast("Any", self.hardware)
-        overflows = config.float16_overflows
-        dtype = resolve_dtype(self.wishes.dtype, stated_dtype(self.hf), device, overflows=overflows)
-        length = max_model_len(self.wishes.max_model_len, config, self.hf)
-        engine = engine_config(self.wishes, length, dtype, device)
-        model = _model(config, family.build, dtype, one)  # no shape depends on the length
-        config = with_length(config, length)
+        stored = stated_dtype(self.hf)
+        config, engine = resolve(self.wishes, fitted.config, self.hf, stored, self.hardware)
+        # No shape depends on the length, so lengths share a model.
+        model = _model(fitted.config, family.build, engine.dtype, one)
         return Shaped(EngineShape(config, engine, model, one), family.build, fitted.notes)
 
     def room(self, num_devices: int) -> Room:

@@ -156,8 +156,7 @@ class EngineShape:
     @property
     def weights_read(self) -> int:
         """Bytes of weights that a step reads on each device; of tables, nothing."""
-        leaves = self.model.leaves
-        return sum(leaf.bytes_per_device() for leaf in leaves if not self._is_table(leaf))
+        return weights_read(self.model)
 
     def transfers(self) -> tuple[Transfer, ...]:
         """Returns the textbook's transfers of a step: what the layout's rules ask for, no more."""
@@ -223,25 +222,31 @@ class EngineShape:
         model, head = 0, 0
         for leaf in self.model.leaves:
             size = leaf.bytes_per_device() // leaf.shape.dtype.itemsize
-            if _is_head(self.model, leaf):
+            if is_head(self.model, leaf):
                 head += size
-            elif leaf.num_in and not self._is_table(leaf):
+            elif leaf.num_in and not is_table(self.model, leaf):
                 model += size
         return model, head
-
-    def _is_table(self, leaf: Leaf) -> bool:
-        """Whether a step reads a row a token of it, and no more."""
-        return leaf.path in TABLES and not _is_head(self.model, leaf)
 
     def _window(self, layer: int) -> int:
         window = self.config.window(layer)
         return self.engine.max_model_len if window is None else window
 
 
-def _is_head(model: AbstractModel, leaf: Leaf) -> bool:
+def is_head(model: AbstractModel, leaf: Leaf) -> bool:
     """Whether logits are products with it: the head, or the embedding where there is none."""
     untied = any(other.path == "head.weight" for other in model.leaves)
     return leaf.path == ("head.weight" if untied else "embed.weight")
+
+
+def is_table(model: AbstractModel, leaf: Leaf) -> bool:
+    """Whether a step reads a row a token of it, and no more."""
+    return leaf.path in TABLES and not is_head(model, leaf)
+
+
+def weights_read(model: AbstractModel) -> int:
+    """Returns the bytes of weights that a step reads on each device; of tables, nothing."""
+    return sum(leaf.bytes_per_device() for leaf in model.leaves if not is_table(model, leaf))
 
 
 def _transfers(shape: EngineShape) -> Iterator[Transfer]:
@@ -258,9 +263,9 @@ def _transfers(shape: EngineShape) -> Iterator[Transfer]:
             # A device has zeros for the tokens of others.
             width = leaf.shape.shape[1] // layout.split("embed") * size
             yield from _sum("embedding", vocab, width, width, scattered=bool(tokens))
-        if leaf.path in TABLES and not _is_head(model, leaf):
+        if is_table(model, leaf):
             continue
-        if _is_head(model, leaf):
+        if is_head(model, leaf):
             if devices > 1:
                 yield Transfer("all-reduce", "head", 1, devices, out * 4)
             if vocab > 1:  # of each device's best: a value and its token

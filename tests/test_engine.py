@@ -296,7 +296,7 @@ def test_a_row_that_needs_the_host_gets_one_token_a_launch(llama, prompts, expec
     done = run(engine, [(0, many)])
 
     assert done["0"] == want[: want.index(want[10]) + 1]
-    assert all("x1 " in name for name in engine.stats.compile_seconds)
+    assert engine.stats.num_steps >= len(done["0"])
 
 
 # ---------------------------------------------------------------- one step ahead

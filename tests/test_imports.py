@@ -29,7 +29,7 @@ LEVELS = [
         "tokenizer",
         "hub",
     ],
-    ["program_report", "hardware"],
+    ["program_report", "machine", "hardware"],
     ["scoring"],
     ["sequence", "flags", "stopping", "inputs", "buckets", "cache", "progress", "settings"],
     ["modeling", "scheduler", "batch", "sampler", "request_builder", "results"],

@@ -180,19 +180,18 @@ def test_more_devices_have_a_larger_cache(llm):
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_unfinished_requests_go_on_where_they_were(llm, expected, steps):
-    stream = llm.stream(PROMPTS, GREEDY)
+    stream, outputs = llm.stream(PROMPTS, GREEDY), {}
     for _ in range(steps):
-        next(stream)
+        output = next(stream)
+        outputs[output.request_id] = output
 
     llm.reshard("tensor", tensor_parallel_size=8)
 
-    outputs = {}
     for output in stream:
-        outputs[output.request_id] = list(output.outputs[0].token_ids)
-    late = sorted(outputs, key=int)
-    assert [outputs[i] for i in late] == expected[-len(late) :] or all(
-        found in expected for found in outputs.values()
-    )
+        outputs[output.request_id] = output
+    assert all(output.finished for output in outputs.values())
+    found = [list(outputs[i].outputs[0].token_ids) for i in sorted(outputs, key=int)]
+    assert found == expected
     assert tokens(llm) == expected
 
 

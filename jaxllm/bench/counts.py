@@ -56,15 +56,11 @@ class Counts:
 
 
 def read_counts(llm: LLM) -> Counts:
-    """Returns the counts since the engine was made; what it does not count is 0.
-
-    The one place that knows how `LLM.stats` names them.
-    """
+    """Returns the counts since the engine was made."""
     stats = llm.stats()
-    compiled = stats.get("compile_seconds") or {}
-    known = {field.name for field in fields(Counts)} - {"num_compiled", "compile_seconds"}
+    own = {field.name for field in fields(Counts)} - {"num_compiled", "compile_seconds"}
     return Counts(
-        **{name: stats.get(name, 0) for name in known},
-        num_compiled=len(compiled),
-        compile_seconds=float(sum(compiled.values())),
+        **{name: stats[name] for name in own},
+        num_compiled=len(stats.compile_seconds),
+        compile_seconds=sum(stats.compile_seconds.values()),
     )

@@ -8,12 +8,13 @@ from typing import Any
 import jax
 from tqdm.auto import tqdm
 
-from jaxllm.bench.roofline import Machine, ModelWork, measure_machine, model_work
+from jaxllm.bench.roofline import ModelWork, model_work
 from jaxllm.bench.shapes import model_folder
 from jaxllm.bench.trace import Trace
 from jaxllm.bench.workload import Workload
 from jaxllm.llm import LLM
 from jaxllm.logs import shows_progress
+from jaxllm.machine import Machine, measure_machine
 
 
 @dataclass(frozen=True, slots=True)

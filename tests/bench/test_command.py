@@ -9,9 +9,9 @@ import pytest
 from jaxllm.bench import setting, startup, startup_child
 from jaxllm.bench.latency import measure_latency
 from jaxllm.bench.report import Chart, write_plot
-from jaxllm.bench.roofline import Machine, measure_machine
 from jaxllm.bench.startup import Startup, StartupResult
 from jaxllm.cli import main
+from jaxllm.machine import Machine, measure_machine
 
 SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 24, "max_model_len": 16}
 """One engine for all tests here, so that its programs are compiled once."""

@@ -3,8 +3,9 @@
 import pytest
 
 from jaxllm import LLM
-from jaxllm.bench.roofline import Machine, ModelWork, measure_machine, model_work
+from jaxllm.bench.roofline import ModelWork, model_work
 from jaxllm.bench.workload import Sizes
+from jaxllm.machine import Machine, measure_machine
 
 MACHINE = Machine("abacus", "float32", read_bytes_per_s=1000.0, flops_per_s=1e6)
 WORK = ModelWork(
