@@ -59,12 +59,12 @@ def measure_machine(
         read_bytes: Size of the array that is read, by default `READ_BYTES`.
         side: Of the square matrices, by default `MATMUL_SIDE`.
     """
-    device = jax.devices()[0] if device is None else device
-    platform = "cpu" if device.platform == "cpu" else "gpu"
+    where: jax.Device = jax.devices()[0] if device is None else device
+    platform = "cpu" if where.platform == "cpu" else "gpu"
     read_bytes = read_bytes or READ_BYTES[platform]
     side = side or MATMUL_SIDE[platform]
     columns = 4096
-    with jax.default_device(device):
+    with jax.default_device(where):
         table = jnp.ones((read_bytes // 4 // columns, columns), jnp.float32)
         vector = jnp.ones((columns,), jnp.float32)
         a = jnp.ones((side, side), dtype)
@@ -78,7 +78,7 @@ def measure_machine(
         return jnp.matmul(a, b, precision=exact, preferred_element_type=jnp.float32)
 
     flops = 2 * side**3 / _best(jax.jit(product), a, a, seconds)
-    return Machine(device.device_kind, dtype, bandwidth, flops, num_devices)
+    return Machine(where.device_kind, dtype, bandwidth, flops, num_devices)
 
 
 def _best(f: Callable[..., jax.Array], a: jax.Array, b: jax.Array, seconds: float) -> float:

@@ -118,7 +118,8 @@ def _greatest_integers(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """As integers in the same order: first how great, and then where.
 
     XLA:CPU carries the place of a maximum along one value at a time, and so takes three times as
-    long (64 rows of 49,152); its maximum of floats alone is fast, but loses a NaN, depending on where that stands.
+    long (64 rows of 49,152); its maximum of floats alone is fast, but loses a NaN, depending on
+    where that stands.
     """
     ordered, size = _ordered(logits), logits.shape[1]
     most = jnp.max(ordered, axis=-1)
