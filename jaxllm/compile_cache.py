@@ -200,7 +200,6 @@ class _Watching(threading.local):
 
 
 _watching = _Watching()
-_total = Seen()
 
 
 @contextlib.contextmanager
@@ -216,15 +215,10 @@ def watch() -> Iterator[Seen]:
             del _watching.open[_watching.open.index(seen) :]
 
 
-def totals() -> tuple[int, int]:
-    """Returns the hits and misses of this process, helpers of JAX itself included."""
-    return _total.num_hits, _total.num_misses
-
-
 def _on_event(event: str, **_: Any) -> None:
     if event not in (REQUEST, HIT) or folder() is None:  # JAX asks where there is no folder too
         return
-    for seen in (_total, *_watching.open[-1:]):
+    for seen in _watching.open[-1:]:
         # A request is a miss until a hit is reported.
         seen.num_hits += event == HIT
         seen.num_misses += 1 if event == REQUEST else -1

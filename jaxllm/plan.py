@@ -6,6 +6,7 @@ which need not be here.
 """
 
 import html
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +17,7 @@ from jaxllm.compiling import Compiler, Program
 from jaxllm.errors import ConfigError
 from jaxllm.hardware import Hardware, parse
 from jaxllm.loading import Wishes, reserved_temp
-from jaxllm.modeling.abstract import Leaf
+from jaxllm.modeling.forms import bare_shape
 from jaxllm.modeling.registry import Overrides
 from jaxllm.planner import Model, Planner, label, layout_for, model_name, read_config
 from jaxllm.roofline import EngineShape, Roofline, Transfer, Work, roofline
@@ -434,7 +435,7 @@ def plan_layout(
     return LayoutPlan(
         model=planner.name,
         architecture=(planner.hf.architectures or [""])[0],
-        num_parameters=sum(map(_parameters, shape.model.leaves)),
+        num_parameters=sum(math.prod(bare_shape(leaf)) for leaf in shape.model.leaves),
         layout=layout,
         hardware=hardware,
         dtype=dtype,
@@ -456,16 +457,6 @@ def plan_layout(
         remedies=remedies,
         **phases,
     )
-
-
-def _parameters(leaf: Leaf) -> int:
-    """Returns the numbers that a checkpoint has of a leaf: copies and padding not counted."""
-    rows = leaf.shape.shape[0]
-    size = leaf.shape.size * (rows - leaf.padding) // rows
-    if not leaf.copies:
-        return size
-    once = sum(part / copies for part, copies in zip(leaf.parts, leaf.copies, strict=True))
-    return round(size * once / sum(leaf.parts))
 
 
 def _checked(
