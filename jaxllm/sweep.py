@@ -614,15 +614,21 @@ def measure(planner: Planner, layout: Layout, batch: int, context: int) -> Measu
             return best
 
         first, all_tokens = took(1), took(1 + steps)
+        if all_tokens <= first:
+            raise ConfigError(
+                f"batch={batch}, context={context}: {1 + steps} tokens took no longer than one, so "
+                "decoding cannot be told from noise here. Let nothing else run beside it, or use "
+                "a larger batch or context."
+            )
         return Measured(
             prefill_seconds=first,
-            decode_seconds=max(all_tokens - first, 1e-9) / steps,
+            decode_seconds=(all_tokens - first) / steps,
             kv_tokens=llm.stats()["num_pages"] // layout.num_replicas * wishes.page_size,
         )
 
 
 def _extra(module: str, what: str) -> Any:
-    """Imports a library of the extra `notebook`, or says how to get it."""
+    """Imports a library of the extra `plot`, or says how to get it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -239,3 +241,16 @@ def test_layouts_are_run_on_the_devices_that_are_here(checkpoints):
     assert found.best().measured_tokens_per_second == max(
         r.measured_tokens_per_second for r in found
     )
+
+
+def test_a_time_that_is_lost_in_noise_is_a_reason_and_no_figure(checkpoints, monkeypatch):
+    clock = SimpleNamespace(perf_counter=lambda: 0.0)
+    monkeypatch.setattr(sys.modules["jaxllm.sweep"], "time", clock)
+
+    (row,) = sweep(
+        checkpoints("llama"), ["replicated"], batch=2, context=24, level="measure", **OPTIONS
+    )
+
+    assert row.measured_decode_seconds is None
+    assert "took no longer than one" in row.error
+    assert "use a larger batch or context" in row.error
