@@ -130,7 +130,9 @@ class Scheduler:
             for seq, limit in zip(decodes, limits, strict=True)
         ]
         # A chunk of one token is a decode to the device: it only lacks the sampling history.
-        rows = tuple(sorted((*rows, *chunks), key=lambda row: row.num_tokens > 1))
+        # Decodes of like lengths side by side: those that are computed together take as long as
+        # the longest.
+        rows = tuple(sorted((*rows, *chunks), key=_place))
         return self._launch(rows, steps) if rows else None
 
     def _launch(self, rows: tuple[PlannedRow, ...], steps: int) -> StepPlan:
@@ -364,6 +366,11 @@ class Scheduler:
         for seq in self.waiting:
             assert not seq.pages
             assert seq.num_computed == 0
+
+
+def _place(row: PlannedRow) -> tuple[bool, int]:
+    """Sorts decodes by length, and before chunks, which keep their order."""
+    return (True, 0) if row.num_tokens > 1 else (False, row.stop)
 
 
 def _needs_result(seq: Sequence, steps: int) -> bool:

@@ -94,6 +94,19 @@ def test_decodes_come_first_then_unfinished_prefills_then_new_sequences():
     assert [row.seq.request_id for row in plan.chunks] == ["chunked", "new"]
 
 
+def test_decodes_are_in_order_of_length():
+    scheduler = make_scheduler(max_num_seqs=3)
+    device = FakeDevice(PAGE_SIZE)
+    for i, length in enumerate((9, 2, 5)):
+        scheduler.add(make_sequence(str(length), prompt(length, 10 * i), arrival=i))
+    while any(seq.num_pending != 1 for seq in scheduler.running) or scheduler.waiting:
+        step(scheduler, device)
+
+    plan = scheduler.schedule()
+
+    assert planned(plan) == [("2", 1), ("5", 1), ("9", 1)]
+
+
 def test_a_step_has_at_most_max_num_batched_tokens():
     scheduler = make_scheduler(max_num_batched_tokens=16)
     scheduler.add(make_sequence("a", prompt(10)))

@@ -51,12 +51,17 @@ ONE_ROW_AT_A_TIME = Tuning(
 TWO_BLOCKS_AT_ONCE = dataclasses.replace(
     ONE_ROW_AT_A_TIME, score_bytes=2 * BLOCK_Q * 6 * 32 * 4 + 1, keys_at_once=0
 )
-IN_PARTS = dataclasses.replace(TWO_BLOCKS_AT_ONCE, keys_at_once=1)
+IN_PARTS = dataclasses.replace(TWO_BLOCKS_AT_ONCE, keys_at_once=1)  # a page each
+TWO_ROWS_IN_PARTS = dataclasses.replace(
+    IN_PARTS, gather_bytes=2 * PAGE_SIZE * NUM_KV_HEADS * HEAD_DIM * 4
+)
 TUNINGS = {
     **TUNING,
     "small groups": ONE_ROW_AT_A_TIME,
     "small groups, no loop": dataclasses.replace(ONE_ROW_AT_A_TIME, unrolled_groups=8),
     "two blocks": TWO_BLOCKS_AT_ONCE,
+    "two blocks in parts": IN_PARTS,
+    "two rows in parts": TWO_ROWS_IN_PARTS,
 }
 
 
@@ -153,9 +158,10 @@ def test_every_kind_of_step(step, tuning):
     np.testing.assert_allclose(out[: case.num_tokens], want, atol=1e-5)
 
 
+@pytest.mark.parametrize("tuning", ["cpu", "two rows in parts"])
 @pytest.mark.parametrize("spec", SPECS)
-def test_every_option(spec):
-    case = make_case(STEPS["mixed"], SPECS[spec], TUNING["cpu"])
+def test_every_option(spec, tuning):
+    case = make_case(STEPS["mixed"], SPECS[spec], TUNINGS[tuning])
 
     out, _ = attend_with(case, SPECS[spec])
 
@@ -163,9 +169,10 @@ def test_every_option(spec):
     np.testing.assert_allclose(out[: case.num_tokens], want, atol=1e-5)
 
 
+@pytest.mark.parametrize("tuning", TUNING)
 @pytest.mark.parametrize("group", [1, 2, 5])
-def test_every_number_of_heads_in_a_group(group):
-    case = make_case(STEPS["mixed"], SPECS["plain"], TUNING["gpu"], group)
+def test_every_number_of_heads_in_a_group(group, tuning):
+    case = make_case(STEPS["mixed"], SPECS["plain"], TUNING[tuning], group)
 
     out, _ = attend_with(case, SPECS["plain"])
 

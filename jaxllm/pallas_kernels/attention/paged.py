@@ -5,7 +5,7 @@ The tokens of a step come with their rows already laid out by the host
 longer rows, cut into query blocks of `block_q` tokens that belong to one row.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +75,10 @@ class PagedAttend:
             return xla.attend_rows(q, pages, self, spec), pages
         out = xla.attend_blocks(q, pages, self, spec)
         if self.decode_rows:
-            decoded = xla.attend_rows(q[: self.decode_rows], pages, self, spec)
             is_decode = jnp.arange(self.decode_rows) < self.num_decodes
+            # Chunks have no keys here, so that no time goes into what is not used.
+            decodes = replace(self, kv_lens=jnp.where(is_decode, self.kv_lens, 0))
+            decoded = xla.attend_rows(q[: self.decode_rows], pages, decodes, spec)
             rest = out[: self.decode_rows]
             out = out.at[: self.decode_rows].set(jnp.where(is_decode[:, None, None], decoded, rest))
         return out, pages

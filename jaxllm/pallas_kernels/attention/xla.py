@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # c: keys of a row (M * S), b: rows or blocks, q: queries of a block, g: heads of a group.
 LETTERS = {"PSKD": ("bckd", "bkcg"), "KPSD": ("kbcd", "kbcg")}
 
+FEW_QUERIES = 16
+"""Up to so many queries of a KV head, XLA:CPU is faster with the keys as the left operand."""
+
 
 def write(pages: jax.Array, new: jax.Array, slots: jax.Array, order: str) -> jax.Array:
     """Puts each token's row into its slot, in place where `pages` is donated.
@@ -49,12 +52,15 @@ def write(pages: jax.Array, new: jax.Array, slots: jax.Array, order: str) -> jax
 
 def gather(pages: jax.Array, table: jax.Array, order: str, dtype: DTypeLike) -> jax.Array:
     """Returns the slots of the pages in `table` [*, M], letters as in `LETTERS`."""
-    lead = table.shape[:-1]
-    axis = order.index("P")
-    found = jnp.take(pages, table, axis=axis, mode="clip")  # M and S stand side by side
-    sizes = found.shape
-    at = axis + len(lead)
-    found = found.reshape(*sizes[:at], sizes[at] * sizes[at + 1], *sizes[at + 2 :])
+    at = order.index("P")
+    sizes = pages.shape[at:]
+    # Where all that follows the pages is theirs, one long row for each: XLA:CPU copies those
+    # three times as fast as rows of several axes.
+    if order.endswith("PSD"):
+        pages = pages.reshape(*pages.shape[:at], sizes[0], -1)
+    found = jnp.take(pages, table.reshape(-1), axis=at, mode="clip")
+    lead = (*found.shape[:at], *table.shape[:-1])
+    found = found.reshape(*lead, table.shape[-1] * sizes[1], *sizes[2:])
     return found if found.dtype == dtype else jax.lax.bitcast_convert_type(found, dtype)
 
 
@@ -78,10 +84,11 @@ def attend_rows(
     Returns:
         [B, H, D]; zeros where `kv_lens` is 0.
     """
-    num_rows = q.shape[0]
-    row_bytes = (
-        step.page_table.shape[1] * pages[0].nbytes // pages[0].shape[step.tuning.order.index("P")]
-    )
+    num_rows, num_pages = step.page_table.shape
+    attend = _attend_rows_in_parts if step.tuning.keys_at_once else _attend_rows
+    if step.tuning.keys_at_once:
+        num_pages = min(num_pages, pages_at_once(pages, step.tuning))
+    row_bytes = num_pages * pages[0].nbytes // pages[0].shape[step.tuning.order.index("P")]
     size = num_rows
     while size % 2 == 0 and size * row_bytes > step.tuning.gather_bytes:
         size //= 2
@@ -94,11 +101,11 @@ def attend_rows(
         queries, tables, lens = (
             jax.lax.dynamic_slice_in_dim(x, i * size, size) for x in (out, table, step.kv_lens)
         )
-        attended = _attend_rows(queries, tables, lens, pages, step.tuning, spec)
+        attended = attend(queries, tables, lens, pages, step.tuning, spec)
         return jax.lax.dynamic_update_slice_in_dim(out, attended, i * size, axis=0)
 
     if size == num_rows:
-        return _attend_rows(q, step.page_table, step.kv_lens, pages, step.tuning, spec)
+        return attend(q, step.page_table, step.kv_lens, pages, step.tuning, spec)
     if num_rows // size > step.tuning.unrolled_groups:
         return jax.lax.fori_loop(0, num_rows // size, attend_group, q)
     out, table = q, step.page_table
@@ -215,6 +222,21 @@ def _attend_blocks(
     return out.astype(q.dtype).reshape(q.shape)
 
 
+def _attend_rows_in_parts(
+    q: jax.Array,
+    page_table: jax.Array,
+    kv_lens: jax.Array,
+    pages: tuple[jax.Array, ...],
+    tuning: Tuning,
+    spec: AttentionSpec,
+) -> jax.Array:
+    """As `_attend_rows`, some keys at a time up to the end of the longest row."""
+    # Padding stands where the longest does, and so makes no row begin sooner.
+    last = jnp.where(kv_lens > 0, kv_lens, jnp.max(kv_lens)) - 1
+    attended = _attend_in_parts(q[:, None], last[:, None], page_table, kv_lens, pages, tuning, spec)
+    return attended[:, 0]
+
+
 def _attend_in_parts(
     q: jax.Array,
     query_at: jax.Array,
@@ -229,34 +251,38 @@ def _attend_in_parts(
     The softmax is Milakov and Gimelshein's (arXiv:1805.02867): a running maximum, and
     sums that are scaled whenever it grows.
     """
-    kv, _ = LETTERS[tuning.order]
     num_blocks, block_q, _, head_dim = q.shape
     num_kv_heads = pages[0].shape[tuning.order.index("K")]
-    size = tuning.keys_at_once
-    per_part = max(1, size // pages[0].shape[tuning.order.index("S")])
+    per_part = pages_at_once(pages, tuning)
     size = per_part * pages[0].shape[tuning.order.index("S")]
     table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % per_part)))
-    # [blocks, K, G * Q, D]: products of matrices as they lie, with no transposed result.
+    # [K, blocks, G * Q, D], m below: products of matrices as they lie, with no transposed result.
     scaled = q.astype(jnp.float32) * spec.scale
     queries = scaled.reshape(num_blocks, block_q, num_kv_heads, -1, head_dim)
-    queries = queries.transpose(0, 2, 3, 1, 4).reshape(num_blocks, num_kv_heads, -1, head_dim)
+    queries = queries.transpose(2, 0, 3, 1, 4).reshape(num_kv_heads, num_blocks, -1, head_dim)
+
+    def score(keys: jax.Array) -> jax.Array:
+        if queries.shape[2] > FEW_QUERIES:
+            return product("kbmd,kbcd->kbmc", queries, keys, upcast=tuning.upcast)
+        found = product("kbcd,kbmd->kbcm", keys, queries, upcast=tuning.upcast)
+        # Or XLA would exchange the operands again.
+        return jax.lax.optimization_barrier(found).swapaxes(2, 3)
 
     def attend_part(i: jax.Array, carry: tuple) -> tuple:
         highest, total, out = carry
         held = jax.lax.dynamic_slice_in_dim(table, i * per_part, per_part, axis=1)
         keys, values = (gather(p, held, tuning.order, q.dtype) for p in pages)
-        scores = product(f"bkmd,{kv}->bkmc", queries, keys, upcast=tuning.upcast)
-        scores = capped(scores, spec.softcap)
+        scores = capped(score(keys), spec.softcap)
         at = i * size + jnp.arange(size, dtype=jnp.int32)
         seen = _visible(
             at[None, None, :], query_at[:, :, None], kv_lens[:, None, None], spec.window
         )  # [blocks, Q, C]
-        by_query = scores.reshape(num_blocks, num_kv_heads, -1, block_q, size)
-        scores = jnp.where(_spread(seen, "bqc", "bkgqc"), by_query, MASKED).reshape(scores.shape)
+        by_query = scores.reshape(num_kv_heads, num_blocks, -1, block_q, size)
+        scores = jnp.where(_spread(seen, "bqc", "kbgqc"), by_query, MASKED).reshape(scores.shape)
         higher = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
         probs, rest = jnp.exp(scores - higher), jnp.exp(highest - higher)
-        values = jnp.where(_spread(at[None, :] < kv_lens[:, None], "bc", kv), values, 0)
-        added = product(f"bkmc,{kv}->bkmd", probs, values, upcast=tuning.upcast)
+        values = jnp.where(_spread(at[None, :] < kv_lens[:, None], "bc", "kbcd"), values, 0)
+        added = product("kbmc,kbcd->kbmd", probs, values, upcast=tuning.upcast)
         return higher, total * rest + jnp.sum(probs, axis=-1, keepdims=True), out * rest + added
 
     last = jnp.minimum(jnp.max(kv_lens), jnp.max(query_at) + 1)
@@ -265,8 +291,13 @@ def _attend_in_parts(
     carry = (highest, jnp.zeros_like(highest), jnp.zeros(queries.shape, jnp.float32))
     _, total, out = jax.lax.fori_loop(first // size, -(-last // size), attend_part, carry)
     out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)  # of padding, nothing was summed
-    out = out.reshape(num_blocks, num_kv_heads, -1, block_q, head_dim).transpose(0, 3, 1, 2, 4)
+    out = out.reshape(num_kv_heads, num_blocks, -1, block_q, head_dim).transpose(1, 3, 0, 2, 4)
     return out.astype(q.dtype).reshape(q.shape)
+
+
+def pages_at_once(pages: tuple[jax.Array, ...], tuning: Tuning) -> int:
+    """Returns how many pages of a row are one part (`Tuning.keys_at_once`)."""
+    return max(1, tuning.keys_at_once // pages[0].shape[tuning.order.index("S")])
 
 
 def _spread(x: jax.Array, letters: str, target: str) -> jax.Array:
