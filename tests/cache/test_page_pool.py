@@ -30,12 +30,12 @@ def test_a_pool_of_only_the_trash_page_has_nothing_to_give():
         pool.allocate(1)
 
 
-def test_freed_pages_are_reused_after_never_used_ones():
+def test_freed_pages_are_reused_before_never_used_ones():
     pool = PagePool(num_pages=4)
     first = pool.allocate(2)
     pool.free(first)
 
-    assert pool.allocate(3) == [3, *reversed(first)]
+    assert pool.allocate(3) == [*first, 3]
 
 
 def test_asking_for_more_pages_than_are_free_takes_none():
