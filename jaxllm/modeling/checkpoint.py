@@ -1,8 +1,12 @@
-"""Sharded checkpoints by Orbax: parameters as they are on the devices, and back.
+"""Sharded checkpoints: parameters as they are on the devices, and back.
 
-The one file that knows Orbax, and it imports it when it is needed. Arrays are written in
-their bare form (`forms`), so that any layout can read them, and in pieces small enough
-that a device reads little more than its shard.
+The one file that knows Orbax, which writes them, and TensorStore, in whose format it does;
+both are imported when they are needed. Arrays are written in their bare form (`forms`), so
+that any layout can read them, and in pieces small enough that a device reads little more
+than its shard.
+
+Orbax reads them too, but all at once: pieces, shards on the host and shards on the devices
+of a parameter together, and when one read fails it leaves the others running.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +20,13 @@ from jaxllm.errors import CheckpointError
 from jaxllm.modeling.abstract import AbstractModel, Leaf
 from jaxllm.modeling.forms import bare_shape, bare_sharding, to_bare, to_dressed
 from jaxllm.modeling.manifest import PARAMS, Manifest
+from jaxllm.modeling.weights import shards_of
 
 CHUNK = 8 << 20
 """Bytes of a piece in the file, which is read whole or not at all."""
 
-IN_FLIGHT = 1 << 28
-"""Bytes that are restored at once, if no parameter is larger."""
+CONTEXT = {"cache_pool": {"total_bytes_limit": 32 << 20}}
+"""Of TensorStore: room for the index of the pieces, which is read again and again without."""
 
 
 def checksum(x: jax.Array) -> int:
@@ -69,64 +74,56 @@ def save(folder: Path, model: AbstractModel, params: Sequence[jax.Array]) -> dic
 def restore(
     folder: Path, model: AbstractModel, manifest: Manifest, report: Callable[[int], object]
 ) -> tuple[jax.Array, ...]:
-    """Reads parameters straight to their shards.
+    """Reads parameters straight to their shards, one after the other.
 
     Args:
         folder: That `save` wrote to.
         model: Under any layout.
         manifest: Of the folder.
-        report: Called with the bytes of parameters as they are handed over.
+        report: Called with the bytes of each parameter as it is handed over.
 
     Raises:
         CheckpointError: A file is missing or damaged.
     """
+    import tensorstore as ts
+
+    context = ts.Context(CONTEXT)
     params: list[jax.Array] = []
-    with _checkpointer() as checkpointer:
-        for leaves in groups(model.leaves):
-            try:
-                arrays = _read(checkpointer, folder / PARAMS, leaves)
-            except (MemoryError, jax.errors.JaxRuntimeError):
-                raise
-            except Exception as error:  # Orbax raises no narrower one where a file is damaged
-                reason = str(error.__cause__ or error).strip().splitlines() or [repr(error)]
-                raise CheckpointError(
-                    f"The arrays in {str(folder / PARAMS)!r} cannot be read: {reason[0][:300]} "
-                    "(from Orbax). Copy or save the folder again."
-                ) from error
-            for leaf in leaves:
-                array = arrays.pop(leaf.path)
-                if checksum(array) != manifest.parameters[leaf.path]["checksum"]:
-                    raise CheckpointError(
-                        f"{leaf.path!r} in {str(folder / PARAMS)!r} is damaged: its values are "
-                        "not those that were saved. Copy or save the folder again."
-                    )
-                params.append(to_dressed(leaf, array).block_until_ready())
-                report(leaf.num_bytes)
+    for leaf in model.leaves:
+        try:
+            array = _read(folder / PARAMS, leaf, context)
+        except ValueError as error:
+            reason = str(error).strip().splitlines() or [repr(error)]
+            raise CheckpointError(
+                f"The arrays in {str(folder / PARAMS)!r} cannot be read: {reason[0][:300]} "
+                "(from TensorStore). Copy or save the folder again."
+            ) from error
+        if checksum(array) != manifest.parameters[leaf.path]["checksum"]:
+            raise CheckpointError(
+                f"{leaf.path!r} in {str(folder / PARAMS)!r} is damaged: its values are "
+                "not those that were saved. Copy or save the folder again."
+            )
+        params.append(to_dressed(leaf, array).block_until_ready())
+        report(leaf.num_bytes)
     return tuple(params)
 
 
-def groups(leaves: Sequence[Leaf]) -> list[list[Leaf]]:
-    """Divides parameters into groups of few bytes, in order."""
-    found: list[list[Leaf]] = [[]]
-    for leaf in leaves:
-        if found[-1] and sum(x.num_bytes for x in found[-1]) + leaf.num_bytes > IN_FLIGHT:
-            found.append([])
-        found[-1].append(leaf)
-    return found
+def _read(folder: Path, leaf: Leaf, context: Any) -> jax.Array:
+    """Returns the bare form; the host holds no more than two of its shards at once."""
+    import tensorstore as ts
 
-
-def _read(checkpointer: Any, folder: Path, leaves: Sequence[Leaf]) -> dict[str, jax.Array]:
-    import orbax.checkpoint as ocp
-
-    shapes = {
-        leaf.path: jax.ShapeDtypeStruct(
-            bare_shape(leaf), leaf.shape.dtype, sharding=bare_sharding(leaf)
-        )
-        for leaf in leaves
-    }
-    how = ocp.checkpoint_utils.construct_restore_args(shapes)
-    args = ocp.args.PyTreeRestore(shapes, restore_args=how, partial_restore=True)
-    return checkpointer.restore(folder, args=args)
+    base = {"driver": "file", "path": f"{folder.absolute()}/"}
+    files = {"driver": "ocdbt", "base": base, "path": f"{leaf.path}/"}
+    # A piece that is missing is an error, and not zeros.
+    spec = {"driver": "zarr", "kvstore": files, "fill_missing_data_reads": False}
+    stored = ts.open(spec, read=True, open=True, context=context).result()
+    shape, sharding = bare_shape(leaf), bare_sharding(leaf)
+    placed: list[jax.Array] = []
+    for index, devices in shards_of(shape, sharding):
+        value = stored[index].read().result()
+        jax.block_until_ready(placed)
+        placed += [jax.device_put(value, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
 
 def _checkpointer() -> Any:

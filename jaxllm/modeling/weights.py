@@ -399,7 +399,7 @@ def load(sources: Sequence[Source], report: Callable[[int], object]) -> tuple[ja
     most = min(IN_FLIGHT, max(source.leaf.num_bytes for source in sources))
     for source in sources:
         leaf, shards = source.leaf, []
-        for index, devices in _shards(leaf):
+        for index, devices in shards_of(leaf.shape.shape, leaf.shape.sharding):
             value = source.read(index)
             if in_flight + value.nbytes > most:
                 jax.block_until_ready(waiting)
@@ -416,12 +416,14 @@ def load(sources: Sequence[Source], report: Callable[[int], object]) -> tuple[ja
     return tuple(params)
 
 
-def _shards(leaf: Leaf) -> list[tuple[tuple[slice, ...] | None, list[jax.Device]]]:
+def shards_of(
+    shape: tuple[int, ...], sharding: jax.sharding.Sharding
+) -> list[tuple[tuple[slice, ...], list[jax.Device]]]:
     """Returns the shards that this process needs, each with the devices that have it."""
-    found: dict[tuple, tuple[tuple[slice, ...] | None, list[jax.Device]]] = {}
-    where = leaf.shape.sharding.addressable_devices_indices_map(leaf.shape.shape)
-    for device, index in where.items():
-        key = tuple((s.start, s.stop) for s in index or ())
+    found: dict[tuple, tuple[tuple[slice, ...], list[jax.Device]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        index = index or (slice(None),) * len(shape)
+        key = tuple((s.start, s.stop) for s in index)
         found.setdefault(key, (index, []))[1].append(device)
     return list(found.values())
 
