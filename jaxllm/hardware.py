@@ -3,6 +3,13 @@
 Rates are peaks of the vendor's data sheets, dense (no structured sparsity), of one
 device. A CPU has no such sheet: its numbers are measured in this process, or given.
 A user's own numbers are a `Hardware`, or a dict of what differs from a known one.
+
+Each entry names its sheet, and where its figures were read: the vendor's files themselves
+were not to be had, but pages and results that quote them were. Two checks need no quotation
+and are tests: float32 rates and memory bandwidths are those of cores, clocks and buses, which
+XLA reads off cards (`gpu_topology.CARDS`; t4 and l4 are not among those it has). Not checked:
+the links of t4 and l4, of which only PCIe 3.0 and 4.0 with 16 lanes was found, the rest is
+arithmetic; and the latency of a transfer on any but the h100 (`NCCL_SECONDS`).
 """
 
 import functools
@@ -41,8 +48,8 @@ class Hardware:
     """Bytes a second that a device sends to the others of its host, and receives at once."""
 
     link_seconds: float = 0.0
-    """What a transfer between devices takes however small it is. No data sheet says, so it is
-    0 until the user gives what was measured: 1e-5 is usual within a host."""
+    """What a transfer between devices takes however small it is: `NCCL_SECONDS` on cards of the
+    table, 0 where nobody says."""
 
     is_shared: bool = False
     """Whether memory and rates are those of all devices together: virtual ones of one CPU."""
@@ -137,9 +144,23 @@ class Hardware:
         return {**found, "matmul": dict(self.matmul), "capability": capability}
 
 
+NCCL_SECONDS = 6.6e-6
+"""What NCCL expects of a transfer apart from its bytes and hops, on any link: `baseLatencies` of
+the ring with protocol LL in its src/graph/tuning.cc (version of June 2026).
+
+Measured between 8 H100s of a host, an all-reduce of 1 to 64 KiB takes 6.5 us with one kernel that
+reads from all (such as XLA has for small sums), and with NCCL's ring 15 to 18 us, of which 14 hops
+of 0.6 us: figure "Single-Node AllReduce" of Microsoft's MSCCL++, docs/dsl/results.md. So this
+is the least; for the ring between 8, say {"like": "h200:8", "link_seconds": 1.5e-5}."""
+
+
 def _gpu(name: str, card: str, sheet: str, **numbers: Any) -> Hardware:
     """Returns a card, of the memory and the capability that its driver tells."""
-    told = {"memory_bytes": CARDS[card].memory_bytes, "capability": CARDS[card].capability}
+    told = {
+        "memory_bytes": CARDS[card].memory_bytes,
+        "capability": CARDS[card].capability,
+        "link_seconds": NCCL_SECONDS,
+    }
     return Hardware(name=name, platform="gpu", target=card, source=sheet, **{**told, **numbers})
 
 
@@ -151,7 +172,8 @@ HARDWARE: dict[str, Hardware] = {
         _gpu(
             "t4",
             "t4",
-            "NVIDIA T4 data sheet (2019): 65 TFLOPS FP16, 8.1 FP32, 320 GB/s, PCIe 3.0 x16",
+            "NVIDIA T4 data sheet (2019): 65 TFLOPS FP16, 8.1 FP32, 320 GB/s, PCIe 3.0 x16; as in "
+            "sysrqmts.com/en/gpus/nvidia/tesla/t4",
             memory_bandwidth=320e9,
             matmul={"float16": 65e12, "float32": 8.1e12},
             link_bandwidth=16e9,
@@ -160,7 +182,8 @@ HARDWARE: dict[str, Hardware] = {
             "l4",
             "l4",
             "NVIDIA L4 data sheet (2023): 242 TFLOPS FP16/BF16 with sparsity, 30.3 FP32, "
-            "300 GB/s, PCIe 4.0 x16 of 64 GB/s",
+            "300 GB/s, PCIe 4.0 x16 of 64 GB/s; as in grokipedia.com/page/NVIDIA_L4_vs_L40S and "
+            "fpsbench.com/compare/gpu/nvidia-l4-vs-nvidia-tesla-m40",
             memory_bandwidth=300e9,
             matmul={"bfloat16": 121e12, "float16": 121e12, "float32": 30.3e12},
             link_bandwidth=32e9,
@@ -169,7 +192,8 @@ HARDWARE: dict[str, Hardware] = {
             "a100-40",
             "a100",
             "NVIDIA A100 data sheet (2021), SXM 40 GB: 312 TFLOPS FP16/BF16, 19.5 FP32, "
-            "1,555 GB/s, NVLink of 600 GB/s; memory: 40 GiB less what the driver keeps",
+            "1,555 GB/s, NVLink of 600 GB/s; as in glennklockwood.com/garden/processors/A100; "
+            "memory: 40 GiB less what the driver keeps",
             memory_bytes=42_297_786_368,
             memory_bandwidth=1555e9,
             matmul={"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12},
@@ -179,7 +203,7 @@ HARDWARE: dict[str, Hardware] = {
             "a100-80",
             "a100",
             "NVIDIA A100 data sheet (2021), SXM 80 GB: 312 TFLOPS FP16/BF16, 19.5 FP32, "
-            "2,039 GB/s, NVLink of 600 GB/s",
+            "2,039 GB/s, NVLink of 600 GB/s; as in glennklockwood.com/garden/processors/A100",
             memory_bandwidth=2039e9,
             matmul={"bfloat16": 312e12, "float16": 312e12, "float32": 19.5e12},
             link_bandwidth=300e9,
@@ -188,7 +212,8 @@ HARDWARE: dict[str, Hardware] = {
             "h100",
             "h100",
             "NVIDIA H100 data sheet, SXM: 1,979 TFLOPS FP16/BF16 with sparsity, 67 FP32, "
-            "3.35 TB/s, NVLink of 900 GB/s",
+            "3.35 TB/s, NVLink of 900 GB/s; as in lzwjava.github.io/nvidia-h200-gpu-specs-en, "
+            "and openxla/xla, cuda_core_info_table.cc, which gives 989.4 dense",
             memory_bandwidth=3.35e12,
             matmul={"bfloat16": 989.5e12, "float16": 989.5e12, "float32": 67e12},
             link_bandwidth=450e9,
@@ -197,7 +222,8 @@ HARDWARE: dict[str, Hardware] = {
             "h200",
             "h200",
             "NVIDIA H200 data sheet, SXM: 1,979 TFLOPS FP16/BF16 with sparsity, 67 FP32, "
-            "4.8 TB/s, NVLink of 900 GB/s",
+            "4.8 TB/s, NVLink of 900 GB/s; as in mlcommons/inference_results_v4.1, closed/NVIDIA, "
+            "and ai-hpc.github.io, 8x H200 Training & Inference",
             memory_bandwidth=4.8e12,
             matmul={"bfloat16": 989.5e12, "float16": 989.5e12, "float32": 67e12},
             link_bandwidth=450e9,
@@ -205,10 +231,13 @@ HARDWARE: dict[str, Hardware] = {
         _gpu(
             "b200",
             "b200",
-            "NVIDIA Blackwell architecture technical brief (2024), HGX B200: 4.5 PFLOPS FP16/BF16 "
-            "with sparsity, 80 TFLOPS FP32, 8 TB/s, NVLink of 1.8 TB/s",
-            memory_bandwidth=8e12,
-            matmul={"bfloat16": 2250e12, "float16": 2250e12, "float32": 80e12},
+            # The first brief (2024) had 80 TFLOPS and 8 TB/s, which are GB200's.
+            "NVIDIA Blackwell data sheet, HGX B200: 4.5 PFLOPS FP16/BF16 with sparsity, 75 TFLOPS "
+            "FP32, 7.7 TB/s, NVLink of 1.8 TB/s; as in "
+            "zdszero.github.io/Computer/Artificial_Intelligence/Hardware.html; pytorch/ao#4002 "
+            "has 7.672 TB/s by the driver's bus and clock",
+            memory_bandwidth=7.7e12,
+            matmul={"bfloat16": 2250e12, "float16": 2250e12, "float32": 75e12},
             link_bandwidth=900e9,
         ),
     )
@@ -226,7 +255,7 @@ def parse(given: "str | Mapping[str, Any] | Hardware | None") -> Hardware:
     Args:
         given: "h200:8", which is eight of them; "h200", as many as a layout needs; None for
             what this machine has; a `Hardware`; or a dict of one, which may name in `like` a
-            known one that it differs from, as {"like": "h200:8", "link_seconds": 1e-5}.
+            known one that it differs from, as {"like": "h200:8", "link_seconds": 1.5e-5}.
 
     Raises:
         ConfigError: There is none of that name, or a number is no number.

@@ -124,9 +124,10 @@ class LLM(metaclass=ExplainsKeywords):
         enforce_eager: Taken and not used: programs are compiled as they are needed.
         warmup: When programs are compiled. "lazy": each when a step needs it. "background":
             a thread compiles them too, the likeliest first, and while the one that a step needs
-            is not ready a larger one serves. "full": all that greedy and default requests can
-            need, before the constructor returns; what is compiled later is warned of, or an
-            error with JAXLLM_RECOMPILE=error.
+            is not ready a larger one serves; after `reshard` it goes on for the layout there.
+            "full": all that greedy and default requests can need, before the constructor
+            returns; what is compiled later is warned of, or an error with
+            JAXLLM_RECOMPILE=error.
         use_tqdm_on_load: Show progress bars while weights are read and programs compiled.
 
     Raises:
@@ -238,7 +239,7 @@ class LLM(metaclass=ExplainsKeywords):
         params = load_params(plan, seed=int(seed or 0) & 0x7FFFFFFF, show_progress=use_tqdm_on_load)
         builder = ProgramBuilder(plan.model, plan.engine, sharder, plan.memory.num_pages)
         self._engine = as_one(make_engines(builder, params, others))
-        self._compile_ahead(warmup, show_progress=use_tqdm_on_load)
+        self._compile_ahead(show_progress=use_tqdm_on_load)
         where = [sharder, *others]
         logger.info("%s", _summary(self._name, plan, where, time.perf_counter() - start))
         for note in plan.notes:
@@ -684,14 +685,14 @@ class LLM(metaclass=ExplainsKeywords):
         tables = [one.runner.programs for one in engines_of(self._live_engine())]
         return report_of(self._name, self._plan, tables, self._warmup)
 
-    def _compile_ahead(self, warmup: WarmUp, *, show_progress: bool) -> None:
+    def _compile_ahead(self, *, show_progress: bool) -> None:
         """Compiles now what greedy and default requests need, or starts a thread that does."""
-        if warmup == "lazy":
+        if self._warmup == "lazy":
             return
         tables = [one.runner.programs for one in engines_of(self._live_engine())]
         flags = dict.fromkeys((flags_of_params([self._defaults]), NO_FLAGS))
         keys = program_keys(self._plan.engine, list(flags))
-        if warmup == "background":
+        if self._warmup == "background":
             self._backgrounds = [Background(table, keys) for table in tables]
             return
         try:
@@ -745,7 +746,8 @@ class LLM(metaclass=ExplainsKeywords):
         """Moves the model to another layout, device to device; nothing is read again.
 
         The cache is made anew and past prompts are forgotten; unfinished requests go on,
-        computed again. Programs that were compiled for a layout are kept for the next time.
+        computed again. Programs that were compiled for a layout are kept for the next time; with
+        `warmup="background"` a thread compiles those that are not there yet.
         After an error or an interrupt the model is where it was.
 
         Args:
@@ -771,11 +773,14 @@ class LLM(metaclass=ExplainsKeywords):
         builder = ProgramBuilder(plan.model, plan.engine, sharder, plan.memory.num_pages)
         is_known = sharder in self._plans
         try:
+            self._stop_backgrounds()
             engine.reshard(builder)
         finally:
             if runner.builder.sharder == sharder:
                 self._plans[sharder] = self._plan = plan
                 self._num_devices = len(plan.devices)
+            if self._warmup == "background":  # wherever the model is
+                self._compile_ahead(show_progress=False)
         for note in () if is_known else plan.notes:
             logger.warning("%s.", note)
 
@@ -805,8 +810,7 @@ class LLM(metaclass=ExplainsKeywords):
         engine, self._engine = self._engine, None
         if engine is None:
             return
-        for background in self._backgrounds:
-            background.close()
+        self._stop_backgrounds()
         for one in engines_of(engine):
             one.runner.close()
         if isinstance(engine, Replicas):
@@ -820,6 +824,11 @@ class LLM(metaclass=ExplainsKeywords):
             memory.cache_bytes / GIB,
             "; JAX's allocator keeps them for this process" if kept else "",
         )
+
+    def _stop_backgrounds(self) -> None:
+        """Lets the threads end after the program that each is at."""
+        for background in self._backgrounds:
+            background.close()
 
     def _live_engine(self) -> Engine | Replicas:
         if self._engine is None:

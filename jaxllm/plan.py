@@ -61,7 +61,7 @@ class Phase:
 
     @property
     def binds(self) -> str:
-        """What it is bound by: "compute", "memory" or "link"."""
+        """What it is bound by: "compute", "memory", "link" or "latency"."""
         return self.roofline.binds
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,6 +74,7 @@ class Phase:
             "compute_seconds": self.roofline.compute,
             "memory_seconds": self.roofline.memory,
             "link_seconds": self.roofline.link,
+            "latency_seconds": self.roofline.latency,
             "seconds": self.seconds,
             "binds": self.binds,
             "tokens_per_second": self.tokens_per_second,
@@ -84,8 +85,8 @@ class Phase:
 class LayoutPlan:
     """A model under a layout on some hardware. Bytes and times are those of one device.
 
-    Times are bounds from below: a roofline knows no launches, and no latency of a transfer
-    unless the hardware states one (`link_seconds`).
+    Times are bounds from below: a roofline knows no launches, and of a transfer only the latency
+    that the hardware states (`link_seconds`).
     """
 
     model: str
@@ -229,7 +230,8 @@ class LayoutPlan:
         counts = self.transfers_per_layer()
         each = ", ".join(f"{n} {name}" for name, n in counts.items()) or "none"
         yield "between devices, a layer", [(each,)]
-        head = ("", "FLOP", "bytes", "sent", "compute", "memory", "link", "at least", "bound by")
+        terms = ("compute", "memory", "link", "latency")
+        head = ("", "FLOP", "bytes", "sent", *terms, "at least", "bound by")
         rows = [self._phase_row(phase) for phase in (self.prefill, self.decode)]
         where = f", {-(-self.batch // engines)} in each of {engines} engines" if engines > 1 else ""
         yield f"{self.batch} sequences of {self.context:,} tokens{where}", [head, *rows]
@@ -272,7 +274,7 @@ class LayoutPlan:
             si(work.flops),
             f"{si(work.memory_bytes)}B",
             f"{si(work.link_bytes)}B",
-            *(seconds(term) for term in (least.compute, least.memory, least.link)),
+            *map(seconds, (least.compute, least.memory, least.link, least.latency)),
             seconds(least.seconds),
             f"{least.binds}, {phase.tokens_per_second:,.0f} tokens/s",
         )

@@ -110,16 +110,25 @@ class Roofline:
     compute: float
     memory: float
     link: float
+    """Of the bytes that are sent."""
+
+    latency: float
+    """Of sending anything at all, once for each transfer."""
 
     @property
     def seconds(self) -> float:
         """Products and memory go on at once; what is sent between them waits for them."""
-        return max(self.compute, self.memory) + self.link
+        return max(self.compute, self.memory) + self.link + self.latency
 
     @property
     def binds(self) -> str:
-        """Which term is the largest: "compute", "memory" or "link"."""
-        terms = {"compute": self.compute, "memory": self.memory, "link": self.link}
+        """Which term is the largest: "compute", "memory", "link" or "latency"."""
+        terms = {
+            "compute": self.compute,
+            "memory": self.memory,
+            "link": self.link,
+            "latency": self.latency,
+        }
         return max(terms, key=lambda name: terms[name])
 
 
@@ -129,11 +138,11 @@ def roofline(work: Work, hardware: Hardware, dtype: str) -> Roofline:
     Raises:
         ConfigError: The hardware has no rate for the element type.
     """
-    link = work.link_bytes / hardware.link_bandwidth
     return Roofline(
         compute=work.flops / hardware.rate(dtype),
         memory=work.memory_bytes / hardware.memory_bandwidth,
-        link=link + work.num_transfers * hardware.link_seconds,
+        link=work.link_bytes / hardware.link_bandwidth,
+        latency=work.num_transfers * hardware.link_seconds,
     )
 
 

@@ -2,8 +2,8 @@
 
 With `xla_dump_to` XLA writes `*thunk_sequence_after_thunk_passes.txt` beside the HLO:
 one line a thunk, those that it contains indented below it. A `kCommandBuffer` is a CUDA
-graph: everything in it is one launch of the host. Read with jax 0.10.2; a dump that has
-no such file gives None.
+graph: everything in it is one launch of the host. Read with jax 0.10.2, 0.11.2 and 0.12.0;
+a dump that has no such file gives None.
 """
 
 import re
@@ -16,8 +16,9 @@ FILES = "*thunk_sequence_after_thunk_passes.txt"
 GRAPH = "kCommandBuffer"
 LOOP = "kWhile"
 
-# Thunks that only hold others.
+# Thunks that launch nothing themselves: they hold others, or wait for one.
 HOLDERS = frozenset({GRAPH, LOOP, "kConditional", "kDynamicSliceFusion", "kSequential"})
+WAITS = frozenset({"kAsyncDone"})
 
 LINE = re.compile(r"(?P<indent> *)\d+: (?P<kind>k\w+) *(?:\[[^\]]*\])? *(?P<text>.*)")
 SECTION = re.compile(r"(?P<indent> *)(?P<name>\w+):\s*")
@@ -44,7 +45,7 @@ class Thunk:
 
     def launches(self) -> Iterator["Thunk"]:
         """Yields what it launches, conditions of loops apart; itself, if it holds nothing."""
-        if not self.inside and self.kind not in HOLDERS:
+        if not self.inside and self.kind not in HOLDERS | WAITS:
             yield self
         for thunk in self.inside:
             if thunk.section != "condition":

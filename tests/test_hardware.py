@@ -8,7 +8,7 @@ import pytest
 from jaxllm import Hardware, hardware
 from jaxllm.devices import resolve_dtype
 from jaxllm.errors import ConfigError
-from jaxllm.hardware import HARDWARE, here, parse, this_cpu
+from jaxllm.hardware import HARDWARE, NCCL_SECONDS, here, parse, this_cpu
 from jaxllm.sharding.gpu_topology import CARDS
 
 NUMBERS = {
@@ -41,11 +41,22 @@ def test_every_card_of_the_table_has_a_source_and_a_target(name):
     assert "NVIDIA" in found.source
     assert found.target in CARDS
     assert found.memory_bytes <= CARDS[found.target].memory_bytes
-    assert found.memory_bandwidth == pytest.approx(CARDS[found.target].memory_bandwidth, rel=0.25)
-    assert found.link_seconds == 0  # no data sheet has it
+    assert found.link_seconds == NCCL_SECONDS
     # What "auto" chooses has a rate, and float32 too.
     chosen = resolve_dtype("auto", "bfloat16", found)
     assert found.rate(chosen) >= found.rate("float32") > 0
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_rates_are_those_of_cores_clocks_and_buses(name):
+    found = HARDWARE[name]
+    assert found.target
+    card = CARDS[found.target]
+    lanes = card.num_cores * card.lanes_per_core
+
+    assert found.rate("float32") == pytest.approx(2 * lanes * card.clock_ghz * 1e9, rel=0.01)
+    if name != "a100-40":  # compiled for as the one of 80 GB, whose memory is faster
+        assert found.memory_bandwidth == pytest.approx(card.memory_bandwidth, rel=0.01)
 
 
 def test_numbers_of_ones_own_are_a_dict_or_a_value():

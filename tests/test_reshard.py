@@ -1,13 +1,16 @@
 """`llm.reshard`: the same tokens before and after, nothing lost, nothing half-way."""
 
 import random
+import threading
 
 import jax
 import numpy as np
 import pytest
 
 from jaxllm import LLM, ConfigError, SamplingParams
+from jaxllm.program_cache import ProgramCache
 from jaxllm.sharding.gpu_topology import gpu_devices
+from jaxllm.warm_up import program_keys
 from tests.interrupts import Interrupts, count_events
 from tests.layouts import EIGHT_HEADS
 from tests.tiny import random_prompts
@@ -155,6 +158,65 @@ def test_programs_of_a_layout_are_compiled_once(llm, expected):
 
     llm.reshard("tensor", tensor_parallel_size=2)
     assert llm._engine.runner.programs is second
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """What is compiled ahead are three programs, each once `go_on` is set."""
+    compile_one, go_on, entered = ProgramCache._compile, threading.Event(), threading.Event()
+
+    def held(table, key):
+        entered.set()
+        assert go_on.wait(60)
+        compile_one(table, key)
+
+    monkeypatch.setattr(ProgramCache, "_compile", held)
+    monkeypatch.setattr("jaxllm.llm.program_keys", lambda *args: program_keys(*args)[:3])
+    return entered, go_on
+
+
+def test_background_compiles_for_the_layout_that_the_model_has(folder, expected, few_programs):
+    entered, go_on = few_programs
+    with LLM(folder, warmup="background", **SMALL) as llm:
+        first, (left,) = llm._engine.runner.programs, llm._backgrounds
+        assert entered.wait(60)
+
+        llm.reshard(**THERE)
+        go_on.set()
+
+        second, (follower,) = llm._engine.runner.programs, llm._backgrounds
+        assert follower.wait(120)
+        left._thread.join(60)
+        assert not left.is_running
+        assert (len(first), len(second)) == (1, 3)  # one that the first thread was at
+        assert (first.prefer, second.prefer) == (None, follower.prefer)
+        assert tokens(llm) == expected
+        llm.reshard("replicated", devices=[0])
+        assert llm._backgrounds[0].wait(120)
+        assert len(first) == 3
+
+
+def test_background_goes_on_where_a_failed_reshard_leaves_the_model(
+    folder, expected, few_programs, monkeypatch
+):
+    entered, go_on = few_programs
+    with LLM(folder, warmup="background", **SMALL) as llm:
+        programs = llm._engine.runner.programs
+        assert entered.wait(60)
+
+        monkeypatch.setattr("jaxllm.runner.move", _no_room)
+        with pytest.raises(MemoryError):
+            llm.reshard(**THERE)
+        go_on.set()
+
+        assert llm._backgrounds[0].wait(120)
+        assert llm._engine.runner.programs is programs
+        assert len(programs) == 3
+        assert tokens(llm) == expected
+
+
+def _no_room(*_):
+    raise MemoryError("no room")
 
 
 def test_past_prompts_are_forgotten(llm):

@@ -38,6 +38,16 @@ condition:
 """
 
 
+# A copy beside kernels, as of jax 0.11.2.
+ASYNC = """000: kCommandBuffer [source | sink] 
+    060: kAsyncStart   [prev=057 (3)  | sink        ] stream=computation_stream[0], async_id=60
+        062: kDynamicSliceFusion [source | sink] params=1, results=1
+            061: kCopy [source | sink] kCopy
+    063: kAsyncDone    [source        | sink        ] async_id=60
+    064: kCustomKernel [prev=057 (5)  | next=065 (1)] input_reduce_fusion_3 grid: [1, 1, 1]
+"""
+
+
 def test_graphs_and_loops_stand_in_order():
     assert [thunk.kind for thunk in thunks.parse(DUMP)] == [
         "kCommandBuffer",
@@ -62,6 +72,12 @@ def test_what_is_launched_is_what_holds_nothing_else():
         "kCopy",
         "kCublasLtMatmul",
     ]
+
+
+def test_to_start_a_copy_and_to_wait_for_it_is_one_launch():
+    (graph,) = thunks.parse(ASYNC)
+
+    assert [thunk.name for thunk in graph.launches()] == ["kCopy", "input_reduce_fusion_3"]
 
 
 def test_a_loop_within_breaks_the_graph_of_the_one_around_it():
