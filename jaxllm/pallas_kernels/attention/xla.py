@@ -54,8 +54,7 @@ def gather(pages: jax.Array, table: jax.Array, order: str, dtype: DTypeLike) -> 
     """Returns the slots of the pages in `table` [*, M], letters as in `LETTERS`."""
     at = order.index("P")
     sizes = pages.shape[at:]
-    # Where all that follows the pages is theirs, one long row for each: XLA:CPU copies those
-    # three times as fast as rows of several axes.
+    # Where a page of a head is one piece, XLA:CPU copies it three times as fast as one long row.
     if order.endswith("PSD"):
         pages = pages.reshape(*pages.shape[:at], sizes[0], -1)
     found = jnp.take(pages, table.reshape(-1), axis=at, mode="clip")
