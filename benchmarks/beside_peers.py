@@ -246,7 +246,7 @@ class MemoryWatch(threading.Thread):
         self.pid, self.peak, self.is_over = pid, {"rss": 0, "pss": 0}, threading.Event()
 
     def run(self):
-        while not self.is_over.wait(1):  # reading it stops the process for milliseconds
+        while not self.is_over.wait(1):  # four times a second took a tenth of a core
             now = {"rss": 0, "pss": 0}
             for pid in process_tree(self.pid):
                 try:

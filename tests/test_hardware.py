@@ -41,6 +41,7 @@ def test_every_card_of_the_table_has_a_source_and_a_target(name):
     assert "NVIDIA" in found.source
     assert found.target in CARDS
     assert found.memory_bytes <= CARDS[found.target].memory_bytes
+    assert found.memory_bandwidth == pytest.approx(CARDS[found.target].memory_bandwidth, rel=0.25)
     assert found.link_seconds == NCCL_SECONDS
     # What "auto" chooses has a rate, and float32 too.
     chosen = resolve_dtype("auto", "bfloat16", found)

@@ -180,6 +180,11 @@ def test_every_number_of_heads_in_a_group(group, tuning):
     np.testing.assert_allclose(out[: case.num_tokens], want, atol=1e-5)
 
 
+def test_keys_in_parts_want_the_order_that_they_are_gathered_in():
+    with pytest.raises(ValueError, match="keys_at_once=64 is for order KPSD: PSKD"):
+        dataclasses.replace(TUNING["gpu"], keys_at_once=64)
+
+
 def test_bfloat16_is_close():
     case = make_case(STEPS["mixed"], SPECS["plain"], TUNING["cpu"])
 

@@ -55,16 +55,13 @@ def contract(
             preferred_element_type=dtype,
         )
 
-    def product_of_few(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        y = jax.lax.dot_general(
-            matrix, x, (((1,), (1,)), ((), ())), precision, preferred_element_type=jnp.float32
-        )
-        return jax.lax.optimization_barrier(y).T  # or XLA would exchange the operands again
-
     def product_on_cpu(x: jax.Array, matrix: jax.Array) -> jax.Array:
         if x.ndim == 2 and 1 < x.shape[0] <= FEW_TOKENS and matrix.dtype == jnp.float32:
-            return product_of_few(x, matrix).astype(dtype)
-        return product(x, matrix, jnp.float32).astype(dtype)
+            y = product(matrix, x, jnp.float32)  # [N, T]
+            y = jax.lax.optimization_barrier(y).T  # or XLA would exchange the operands again
+        else:
+            y = product(x, matrix, jnp.float32)
+        return y.astype(dtype)
 
     # XLA:CPU is fast with float32 results only. cuBLASLt rounds as it writes: asked for
     # float32 it writes twice the bytes, and an all-reduce sends twice as many.

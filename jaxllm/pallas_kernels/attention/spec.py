@@ -77,6 +77,11 @@ class Tuning:
     unrolled_groups: int = 0
     """Up to so many groups of rows are written out one by one; more are a loop."""
 
+    def __post_init__(self) -> None:
+        """Checks what the fields say together."""
+        if self.keys_at_once and self.order != "KPSD":
+            raise ValueError(f"keys_at_once={self.keys_at_once} is for order KPSD: {self.order}.")
+
     def blocks_at_once(self, block_q: int, num_heads: int, num_keys: int) -> int:
         """Returns how many query blocks [block_q, H] with so many keys are computed together."""
         return max(1, min(MOST_BLOCKS, self.score_bytes // (block_q * num_heads * num_keys * 4)))

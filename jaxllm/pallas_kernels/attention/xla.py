@@ -84,8 +84,9 @@ def attend_rows(
         [B, H, D]; zeros where `kv_lens` is 0.
     """
     num_rows, num_pages = step.page_table.shape
-    attend = _attend_rows_in_parts if step.tuning.keys_at_once else _attend_rows
+    attend = _attend_rows
     if step.tuning.keys_at_once:
+        attend = _attend_rows_in_parts
         num_pages = min(num_pages, pages_at_once(pages, step.tuning))
     row_bytes = num_pages * pages[0].nbytes // pages[0].shape[step.tuning.order.index("P")]
     size = num_rows
