@@ -22,8 +22,9 @@ def normal_init(key: jax.Array, shape: tuple[int, ...], fan_in: int, dtype: DTyp
     return (jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype)
 
 
-FEW_TOKENS = 16
-"""From two up to so many tokens, XLA:CPU multiplies twice as fast with the weight on the left."""
+FEW_TOKENS = 32
+"""From two up to so many tokens, XLA:CPU multiplies faster with the weight on the left (2 to 32
+tokens, [3072, 576] and [576, 1536]: 1.3 to 2.1 times; 64: no difference)."""
 
 
 def contract(

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 # c: keys of a row (M * S), b: rows or blocks, q: queries of a block, g: heads of a group.
 LETTERS = {"PSKD": ("bckd", "bkcg"), "KPSD": ("kbcd", "kbcg")}
 
-FEW_QUERIES = 16
-"""Up to so many queries of a KV head, XLA:CPU is faster with the keys as the left operand."""
-
 
 def write(pages: jax.Array, new: jax.Array, slots: jax.Array, order: str) -> jax.Array:
     """Puts each token's row into its slot, in place where `pages` is donated.
@@ -261,18 +258,12 @@ def _attend_in_parts(
     queries = scaled.reshape(num_blocks, block_q, num_kv_heads, -1, head_dim)
     queries = queries.transpose(2, 0, 3, 1, 4).reshape(num_kv_heads, num_blocks, -1, head_dim)
 
-    def score(keys: jax.Array) -> jax.Array:
-        if queries.shape[2] > FEW_QUERIES:
-            return product("kbmd,kbcd->kbmc", queries, keys, upcast=tuning.upcast)
-        found = product("kbcd,kbmd->kbcm", keys, queries, upcast=tuning.upcast)
-        # Or XLA would exchange the operands again.
-        return jax.lax.optimization_barrier(found).swapaxes(2, 3)
-
     def attend_part(i: jax.Array, carry: tuple) -> tuple:
         highest, total, out = carry
         held = jax.lax.dynamic_slice_in_dim(table, i * per_part, per_part, axis=1)
         keys, values = (gather(p, held, tuning.order, q.dtype) for p in pages)
-        scores = capped(score(keys), spec.softcap)
+        scores = product("kbmd,kbcd->kbmc", queries, keys, upcast=tuning.upcast)
+        scores = capped(scores, spec.softcap)
         at = i * size + jnp.arange(size, dtype=jnp.int32)
         seen = _visible(
             at[None, None, :], query_at[:, :, None], kv_lens[:, None, None], spec.window
