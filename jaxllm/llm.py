@@ -790,16 +790,16 @@ class LLM(metaclass=ExplainsKeywords):
         That loads faster than the original, into any layout and on any number of devices.
 
         Args:
-            path: A new folder, or an empty one.
+            path: A new folder, or an empty one; with several processes, the same in all of
+                them, which all of them see and call this for.
 
         Raises:
-            CheckpointError: There is something at `path` already.
+            CheckpointError: There is something at `path` already, or one of the model's
+                processes does not see the folder.
         """
         runner = engines_of(self._live_engine())[0].runner
-        runner.peers.refuse("save", "Save it where one process has all of it.")
-        params = runner.params
         files = self._tokenizer_folder
-        save(path, self._plan, params, tokenizer_folder=files)
+        save(path, self._plan, runner.params, tokenizer_folder=files, peers=runner.peers)
 
     def close(self) -> None:
         """Frees weights and cache; a closed LLM only says that it is.

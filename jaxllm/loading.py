@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
+from jax.sharding import Mesh
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -290,7 +291,8 @@ def load_params(plan: Plan, *, seed: int, show_progress: bool) -> tuple[jax.Arra
         if plan.manifest is None:
             params = weights.load(plan.sources, bar.update)
         else:
-            params = saved.restore(plan.folder, plan.model, plan.manifest, bar.update)
+            peers = peers_of(cast(Mesh, plan.model.leaves[0].shape.sharding.mesh))
+            params = saved.restore(plan.folder, plan.model, plan.manifest, bar.update, peers)
     seconds = time.perf_counter() - start
     logger.info(
         "Model loading took %.2f GiB memory and %.2f seconds (%.2f GB/s)",

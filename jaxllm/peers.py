@@ -36,6 +36,9 @@ class Peers:
     problem: DistributedError | None = None
     """Why these processes can do nothing together any more."""
 
+    is_first: bool = True
+    """Whether this process does what one does for all, such as writing a file."""
+
     def say(self, what: Any, *data: Any) -> None:
         """Says what this process does next, and does not wait for the others.
 
@@ -58,9 +61,17 @@ class Peers:
             DistributedError: They never will be.
         """
 
+    def gather(self, what: str, value: str) -> list[str]:
+        """Returns what each of the processes has; they agree on `what` first.
+
+        Raises:
+            DistributedError: One does something else, or is gone.
+        """
+        return [value]
+
     def least(self, what: str, value: int) -> int:
-        """Returns the smallest of what the processes have."""
-        return value
+        """Returns the smallest of what the processes have; see `gather`."""
+        return min(map(int, self.gather(what, str(value))))
 
     def explain(self, error: Exception) -> Exception:
         """Returns what to raise for an error of the devices."""
@@ -91,6 +102,7 @@ class Ring(Peers):
             patience: Seconds after which a process that says nothing is given up.
         """
         self.processes, self.me = processes, me
+        self.is_first = me == processes[0]
         self.next = processes[(processes.index(me) + 1) % len(processes)]
         self._store, self._patience = store, patience
         self._name = f"jaxllm/ring/{'-'.join(map(str, processes))}"
@@ -142,13 +154,13 @@ class Ring(Peers):
                 looked = time.monotonic()
             time.sleep(min(1e-3, (now - start) / 50 + 2e-5))  # a fiftieth late at most
 
-    def least(self, what: str, value: int) -> int:
-        """Returns the smallest of all processes; they agree on `what` first."""
+    def gather(self, what: str, value: str) -> list[str]:
+        """Returns the values in the order of the processes; see `Peers`."""
         self.say(what)
         self.agree()
         place = f"{self._name}/values/{self._count}"
-        self._put(f"{place}/{self.me}", str(value))
-        return min(int(self._read(f"{place}/{process}")) for process in self.processes)
+        self._put(f"{place}/{self.me}", value)
+        return [self._read(f"{place}/{process}") for process in self.processes]
 
     def explain(self, error: Exception) -> Exception:
         """Returns that the processes are at odds, where the device does not say otherwise."""

@@ -14,6 +14,7 @@ import jax
 
 import jaxllm
 from jaxllm import LLM, ConfigError, JaxLLMError, SamplingParams, devices
+from jaxllm.modeling import checkpoint
 from jaxllm.modeling.weights import Source
 from tests.tiny import random_prompts
 
@@ -112,6 +113,45 @@ def is_split(leaf):
     return not leaf.shape.sharding.is_fully_replicated
 
 
+def saves(folder, me):
+    """Saved by both together, loaded by both; saved by each for itself; and what is refused."""
+    target = folder.with_name("saved")
+    with load(folder) as llm:
+        llm.save(target)
+        said = [refusal(llm, target)]
+        is_dir = Path.is_dir
+        Path.is_dir = is_dir if me == 0 else lambda path: False
+        said.append(refusal(llm, folder.with_name("unseen")))
+        Path.is_dir = is_dir
+
+    read, whole = {}, checkpoint._read
+
+    def counted(place, leaf, context):
+        array = whole(place, leaf, context)
+        read[leaf.path] = {str(s.index): s.data.nbytes for s in array.addressable_shards}
+        return array
+
+    checkpoint._read = counted
+    llm = load(target)
+    found = {
+        **generate(llm),
+        "split": sum(leaf.num_bytes for leaf in llm._plan.model.leaves if is_split(leaf)),
+        "read": sum(sum(shards.values()) for shards in read.values() if len(shards) > 1),
+    }
+    own = {"tensor_parallel_size": 1, "devices": jax.local_devices()[:1]}
+    with load(folder, **own) as alone:
+        said.append(refusal(alone, folder.with_name(f"own-{me}")))
+    said.append(refusal(llm, folder.with_name(f"other-{me}")))
+    return {**found, "said": said}
+
+
+def refusal(llm, where):
+    try:
+        llm.save(where)
+    except JaxLLMError as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def prompts_differ(folder, me):
     llm = load(folder)
     llm.generate([[1 + me], [2]], use_tqdm=False)
@@ -159,7 +199,16 @@ def first_dies(folder, me):
     one_dies(folder, me, who=0)
 
 
-SCENARIOS = (same, prompts_differ, plans_differ, interrupted, leaves, one_dies, first_dies)
+SCENARIOS = (
+    same,
+    saves,
+    prompts_differ,
+    plans_differ,
+    interrupted,
+    leaves,
+    one_dies,
+    first_dies,
+)
 
 
 def join(address, num_processes, me, heartbeat):

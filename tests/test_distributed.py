@@ -5,6 +5,7 @@ Two processes of two devices each, over gloo; `tests/processes.py` is what they 
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -96,6 +97,30 @@ def test_two_processes_give_the_tokens_of_one(folder):
     assert "data_parallel_size=2 would spread engines" in first["refused"][0]
     assert "All 2 devices of the model are of process 0" in second["refused"][2]
     assert "warmup='background' is for a model in one process" in first["refused"][1]
+
+
+@SLOW
+def test_what_two_processes_save_is_loaded_by_two_and_by_one(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints("llama", **MODEL), tmp_path / "original")
+    ended = run("saves", folder)
+
+    assert [one.code for one in ended] == [0, 0], ended[0].err + ended[1].err
+    first, second = (json.loads(one.out.splitlines()[-1]) for one in ended)
+    with LLM(folder, **processes.SMALL) as llm:
+        want = processes.generate(llm)
+    with LLM(tmp_path / "saved", **processes.SMALL) as llm:
+        assert processes.generate(llm)["tokens"] == want["tokens"]
+    assert first["tokens"] == second["tokens"] == want["tokens"]
+    assert first["read"] == second["read"] == first["split"] // 2
+    for said in (first["said"], second["said"]):
+        assert said[0].startswith("CheckpointError: ")
+        assert "saved' is not empty" in said[0]
+        assert "Process 1 does not see" in said[1]
+        assert "save to a folder that all hosts share" in said[1].lower()
+        assert "alone, in a job of 2, and such arrays cannot be written" in said[2]
+        assert said[3].startswith("DistributedError: ")
+        assert "other-0' here" in said[3] or "other-1' here" in said[3]
+    assert {path.name for path in tmp_path.iterdir()} == {"original", "saved"}
 
 
 @pytest.mark.parametrize(

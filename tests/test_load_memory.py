@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -144,10 +145,27 @@ def sparse_folder(tmp_path_factory):
     return folder
 
 
+SAVE = """
+import sys
+from jaxllm import LLM
+llm = LLM(
+    sys.argv[1], dtype="float32", max_model_len=16, max_num_seqs=1, max_num_batched_tokens=16,
+    kv_cache_memory_bytes=1 << 24, skip_tokenizer_init=True, use_tqdm_on_load=False,
+)
+llm.save(sys.argv[2])
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_two_gigabytes_over_eight_devices_are_never_held_twice(sparse_folder):
-    measured = run(SCRIPT, sparse_folder, "float32", "8", size=8)
+@pytest.mark.parametrize("is_saved", [False, True], ids=["safetensors", "saved"])
+def test_two_gigabytes_over_eight_devices_are_never_held_twice(sparse_folder, tmp_path, is_saved):
+    folder = sparse_folder
+    if is_saved:
+        folder = tmp_path / "saved"
+        run(SAVE, sparse_folder, folder, size=1)
+    measured = run(SCRIPT, folder, "float32", "8", size=8)
+    shutil.rmtree(tmp_path)
 
     fused = 2 * 4 * 16384 * 4096
     assert measured["params"] >= 2e9

@@ -9,6 +9,8 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxllm
 from jaxllm import LLM, CheckpointError, ConfigError, SamplingParams
@@ -204,20 +206,46 @@ def test_orbax_is_imported_only_when_it_is_needed():
 # ---------------------------------------------------------------- checksums
 
 
+def checksum_of(value, spec=None):
+    """The checksum on a mesh of 2 x 4 devices."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), devices=jax.devices()[:8])
+    return checkpoint.checksum(jax.device_put(value, NamedSharding(mesh, spec or P())))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_changed_or_exchanged_value_changes_the_checksum(dtype):
     value = np.random.default_rng(0).normal(size=(6, 7)).astype(jax.numpy.dtype(dtype))
-    sums = {checkpoint.checksum(jax.numpy.asarray(value))}
+    sums = {checksum_of(value)}
     for i in range(6):
         for j in range(7):
             other = value.copy()
             other[i, j] += 1
-            sums.add(checkpoint.checksum(jax.numpy.asarray(other)))
+            sums.add(checksum_of(other))
     other = value.copy()
     other[0, 0], other[5, 6] = value[5, 6], value[0, 0]
-    sums.add(checkpoint.checksum(jax.numpy.asarray(other)))
+    sums.add(checksum_of(other))
 
     assert len(sums) == 44
+
+
+@pytest.mark.parametrize("at_once", [1 << 20, 32])
+@pytest.mark.parametrize(
+    ("shape", "specs"),
+    [
+        ((24,), [P("a"), P(("b", "a"))]),
+        ((8, 16), [P("a"), P(None, "b"), P("b", "a"), P(("a", "b"))]),
+        ((8, 3, 4, 8), [P("a"), P("b", None, None, "a"), P(None, None, ("b",)), P(("b", "a"))]),
+    ],
+)
+def test_checksum_is_that_of_the_values_wherever_they_lie(monkeypatch, shape, specs, at_once):
+    monkeypatch.setattr(checkpoint, "SUMMED_AT_ONCE", at_once)
+    checkpoint._sums.cache_clear()
+    value = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    places = np.arange(value.size, dtype=np.uint64)
+    factors = ((places * 2654435761 << np.uint64(1)) | np.uint64(1)) % 2**32
+    want = int(np.sum(value.view(np.uint32).ravel().astype(np.uint64) * factors % 2**32) % 2**32)
+
+    assert {checksum_of(value, spec) for spec in (P(), *specs)} == {want}
 
 
 # ---------------------------------------------------------------- what is refused
