@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
-from jax.sharding import Mesh
 import numpy as np
+from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from jaxllm.buckets import Buckets

@@ -25,7 +25,8 @@ import json, sys
 from pathlib import Path
 import jax, numpy as np
 address, index, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-jax.distributed.initialize(address, num_processes=2, process_id=index)
+from jaxllm import distributed
+distributed.initialize(address, num_processes=2, process_id=index)
 from jaxllm.loading import Wishes, load_params, plan_load
 from jaxllm.modeling.weights import Source
 from jaxllm.sharding.choice import sharders
@@ -48,9 +49,10 @@ for param in params:
 total, read = plan.model.num_bytes, count[0]
 
 from jaxllm.modeling.checkpoint import checksum
+from jaxllm.peers import peers_of
 from jaxllm.saving import save
 sums = [checksum(param) for param in params]
-save(sys.argv[4], plan, params, tokenizer_folder=folder)
+save(sys.argv[4], plan, params, tokenizer_folder=folder, peers=peers_of(sharder.mesh))
 again = plan_load(Path(sys.argv[4]), wishes, sharder, "auto")
 back = [checksum(param) for param in load_params(again, seed=0, show_progress=False)]
 print(json.dumps({"read": read, "needed": needed, "total": total, "same": sums == back}))
