@@ -221,7 +221,7 @@ class ProgramBuilder:
             kv_lens=inputs.kv_lens,
             num_decodes=inputs.num_decodes,
             blocks=blocks,
-            tuning=tuning_for(platform),
+            tuning=tuning_for(platform).over(self.sharder.layout.split("kv_heads")),
             decode_rows=key.bucket.decode_rows,
             block_q=self.engine.block_q,
         )

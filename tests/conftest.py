@@ -7,8 +7,10 @@ folder; nothing comes from a network and torch is not needed.
 import os
 import tempfile
 
+from tests import xla
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = xla.flags(8)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAXLLM_LOGGING_LEVEL", "WARNING")
 # Workers inherit the folder, so that each program is compiled once a run.

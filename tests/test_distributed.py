@@ -18,7 +18,7 @@ import jax
 import pytest
 
 from jaxllm import LLM, ConfigError, DistributedError, distributed
-from tests import processes
+from tests import processes, xla
 
 ROOT = Path(__file__).parent.parent
 MODEL = {"vocab_size": 104, "num_key_value_heads": 4}
@@ -47,8 +47,7 @@ def free_port():
 
 
 def start(*args):
-    two = "--xla_force_host_platform_device_count=2"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": two}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(2)}
     env["JAXLLM_LOGGING_LEVEL"] = "INFO"
     command = [sys.executable, "-m", "tests.processes", *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

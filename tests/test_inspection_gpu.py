@@ -206,6 +206,14 @@ def test_more_groups_than_are_written_out_loop_and_the_table_says_so():
     assert "CUDA graphs, between them kWhile" in found.rows["kernels"]
 
 
+def test_groups_are_of_the_heads_that_a_device_has():
+    # An eighth of each row's keys: four groups, where one device has thirty-two and loops.
+    found = inspected("h200", 2, "8 steps", devices=8, batch=256, context=4096)
+
+    assert [loop.trip_count for loop in found.report.loops] == [8]
+    assert found.temp_bytes <= found.temp_bound
+
+
 def test_a_prefill_loops_over_its_query_blocks_between_graphs():
     found = inspected("h200", 2, "prefill")
     kinds = [thunk.kind for thunk in found.thunks]

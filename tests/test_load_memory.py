@@ -13,6 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 from transformers import LlamaConfig
 
+from tests import xla
+
 ROOT = Path(__file__).parent.parent
 MIB = 1 << 20
 EMBED, MLP, LAYERS, VOCAB = 1024, 4096, 3, 16384
@@ -179,7 +181,7 @@ def run(script, *args, size):
     """Runs a script on so many devices; returns what it prints, from JSON."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={size}",
+        "XLA_FLAGS": xla.flags(size),
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-c", script, *map(str, args)]

@@ -13,6 +13,7 @@ import pytest
 from jaxllm.loading import Wishes, load_params, plan_load
 from jaxllm.modeling.weights import Source
 from jaxllm.sharding.choice import sharders
+from tests import xla
 from tests.layouts import EIGHT_HEADS
 from tests.tiny import tiny_checkpoint
 
@@ -90,7 +91,7 @@ def test_each_process_reads_only_its_share_and_all_save_together(tmp_path, unuse
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": xla.flags(4),
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-c", SCRIPT, f"localhost:{unused_port}"]

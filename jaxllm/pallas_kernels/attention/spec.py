@@ -1,7 +1,7 @@
 """What one layer's attention is, and in which order its cache is stored."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,17 @@ class Tuning:
         """Checks what the fields say together."""
         if self.keys_at_once and self.order != "KPSD":
             raise ValueError(f"keys_at_once={self.keys_at_once} is for order KPSD: {self.order}.")
+
+    def over(self, devices: int) -> Self:
+        """Returns how the op works on arrays whose heads are split over so many devices.
+
+        What bounds the work that is done together are bytes of a device.
+        """
+        return replace(
+            self,
+            gather_bytes=self.gather_bytes * devices,
+            score_bytes=self.score_bytes * devices,
+        )
 
     def blocks_at_once(self, block_q: int, num_heads: int, num_keys: int) -> int:
         """Returns how many query blocks [block_q, H] with so many keys are computed together."""
