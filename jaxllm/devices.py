@@ -1,6 +1,8 @@
 """What the machine is: platform, memory, element types. The one place that asks."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -94,6 +96,18 @@ SetBy = Literal["user", "jaxllm", "too late", "JAX"]
 """Who has the last word. "too late": jaxllm would have, but the backend had started."""
 
 _memory_set_by: SetBy | None = None
+
+
+def release_freed_memory() -> None:
+    """Gives the system what the C library keeps of this process's freed memory.
+
+    For a call after a compilation: of each program of a small model 60 MB stayed that nobody had
+    (glibc, which keeps them for each thread). Elsewhere it does nothing.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
+        if trim is not None:
+            trim(0)
 
 
 def reserve_memory(fraction: float) -> None:

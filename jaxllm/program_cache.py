@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from jaxllm import compile_cache
+from jaxllm.devices import release_freed_memory
 from jaxllm.errors import ConfigError, RecompileError
 from jaxllm.programs import Key, ProgramBuilder, ProgramKey
 from jaxllm.progress import compiling
@@ -151,6 +152,7 @@ class ProgramCache:
         # In this order: an interrupt between the two must not leave a program without a time.
         self.seconds[key] = seconds
         self._programs[key] = program
+        release_freed_memory()
 
     def clear(self) -> None:
         """Drops every program."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import struct
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 from transformers import LlamaConfig
 
+from jaxllm.devices import release_freed_memory
 from tests import xla
 
 ROOT = Path(__file__).parent.parent
@@ -205,3 +207,20 @@ def test_load_grows_by_less_than_two_tensors_beyond_the_parameters(folder, dtype
     in_mib = {name: value / MIB for name, value in measured.items()}
     assert measured["beyond"] < 2 * largest, in_mib
     assert measured["grown"] - measured["params"] < 2 * largest, in_mib
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep less")
+def test_freed_memory_goes_back_to_the_system():
+    def anonymous():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+    pieces = [bytes(4000) for _ in range(16_000)]
+    last = pieces[-1]  # with nothing behind them, glibc would give them back by itself
+    pieces.clear()
+    before = anonymous()
+
+    release_freed_memory()
+
+    assert before - anonymous() > 40 * MIB
+    assert len(last) == 4000
