@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from flax import nnx
 
 from jaxllm.errors import ConfigError
-from jaxllm.modeling.abstract import Build
+from jaxllm.modeling.abstract import Build, shapes_of
 from jaxllm.modeling.config import ModelConfig, with_length
 from jaxllm.sharding.layouts import REPLICAS, Layout
 
@@ -114,7 +114,7 @@ def _sizes(config: ModelConfig, build: Build) -> Mapping[str, int]:
     """Returns the size of every axis of the model that must divide as it is."""
     # Layers are alike, and a hundred of them would take seconds.
     small = replace(config, num_layers=1)
-    model = nnx.eval_shape(lambda: build(small, dtype="float32", rngs=nnx.Rngs(0)))
+    model = shapes_of(build, small, "float32")
     found = {
         axis: size
         for _, variable in nnx.to_flat_state(nnx.state(model))
