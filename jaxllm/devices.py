@@ -88,16 +88,6 @@ def memory_in_use(device: jax.Device) -> int:
     return 0 if device.platform == "cpu" else device.memory_stats()["bytes_in_use"]
 
 
-MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-"""Share of a GPU that JAX's allocator takes when the backend starts; the second is the old name,
-and jaxlib refuses to have both."""
-
-SetBy = Literal["user", "jaxllm", "too late", "JAX"]
-"""Who has the last word. "too late": jaxllm would have, but the backend had started."""
-
-_memory_set_by: SetBy | None = None
-
-
 def release_freed_memory() -> None:
     """Gives the system what the C library keeps of this process's freed memory.
 
@@ -108,6 +98,16 @@ def release_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc only
         if trim is not None:
             trim(0)
+
+
+MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""Share of a GPU that JAX's allocator takes when the backend starts; the second is the old name,
+and jaxlib refuses to have both."""
+
+SetBy = Literal["user", "jaxllm", "too late", "JAX"]
+"""Who has the last word. "too late": jaxllm would have, but the backend had started."""
+
+_memory_set_by: SetBy | None = None
 
 
 def reserve_memory(fraction: float) -> None:

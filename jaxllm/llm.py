@@ -15,7 +15,7 @@ import numpy as np
 from jaxllm import compile_cache, vllm_keywords
 from jaxllm.cache.memory import GIB
 from jaxllm.chat import parse_conversations, render
-from jaxllm.devices import reserve_memory
+from jaxllm.devices import release_freed_memory, reserve_memory
 from jaxllm.engine import Engine
 from jaxllm.errors import ConfigError, JaxLLMError, RequestError
 from jaxllm.flags import NO_FLAGS, flags_of_params
@@ -239,6 +239,7 @@ class LLM(metaclass=ExplainsKeywords):
         params = load_params(plan, seed=int(seed or 0) & 0x7FFFFFFF, show_progress=use_tqdm_on_load)
         builder = ProgramBuilder(plan.model, plan.engine, sharder, plan.memory.num_pages)
         self._engine = as_one(make_engines(builder, params, others))
+        release_freed_memory()  # of loading
         self._compile_ahead(show_progress=use_tqdm_on_load)
         where = [sharder, *others]
         logger.info("%s", _summary(self._name, plan, where, time.perf_counter() - start))
@@ -796,6 +797,8 @@ class LLM(metaclass=ExplainsKeywords):
         Raises:
             CheckpointError: There is something at `path` already, or one of the model's
                 processes does not see the folder.
+            ConfigError: The model is of this process alone, in a job of several.
+            DistributedError: The processes do not do the same, or one is gone.
         """
         runner = engines_of(self._live_engine())[0].runner
         files = self._tokenizer_folder

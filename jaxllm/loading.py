@@ -29,7 +29,7 @@ from jaxllm.cache.memory import (
     temp_bound,
 )
 from jaxllm.config import EngineConfig
-from jaxllm.devices import Room, release_freed_memory, resolve_dtype, room_on
+from jaxllm.devices import Room, resolve_dtype, room_on
 from jaxllm.distributed import local_devices
 from jaxllm.errors import ConfigError
 from jaxllm.logs import shows_progress
@@ -278,9 +278,7 @@ def load_params(plan: Plan, *, seed: int, show_progress: bool) -> tuple[jax.Arra
     """Returns the parameters of a plan, on their devices."""
     start = time.perf_counter()
     if not plan.sources and plan.manifest is None:
-        params = init_params(plan.model, seed)
-        release_freed_memory()
-        return params
+        return init_params(plan.model, seed)
     bar = tqdm(
         total=plan.model.num_bytes,
         desc="Loading weights",
@@ -295,7 +293,6 @@ def load_params(plan: Plan, *, seed: int, show_progress: bool) -> tuple[jax.Arra
         else:
             peers = peers_of(cast(Mesh, plan.model.leaves[0].shape.sharding.mesh))
             params = saved.restore(plan.folder, plan.model, plan.manifest, bar.update, peers)
-    release_freed_memory()
     seconds = time.perf_counter() - start
     logger.info(
         "Model loading took %.2f GiB memory and %.2f seconds (%.2f GB/s)",

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -17,6 +18,9 @@ from jaxllm import LLM, ConfigError, JaxLLMError, SamplingParams, devices
 from jaxllm.modeling import checkpoint
 from jaxllm.modeling.weights import Source
 from tests.tiny import random_prompts
+
+HAPPENED = "happened at "
+"""Before the time at which something goes wrong, on a line of its own."""
 
 SMALL = {
     "max_model_len": 48,
@@ -152,8 +156,15 @@ def refusal(llm, where):
         return f"{type(error).__name__}: {error}"
 
 
+def now_it_happens():
+    """Tells the test when that is, from which the others have a bounded time."""
+    sys.stdout.write(f"{HAPPENED}{time.time()}\n")
+    sys.stdout.flush()
+
+
 def prompts_differ(folder, me):
     llm = load(folder)
+    now_it_happens()
     llm.generate([[1 + me], [2]], use_tqdm=False)
 
 
@@ -162,6 +173,7 @@ def plans_differ(folder, me):
     llm = load(folder)
     for i, _ in enumerate(llm.stream(PROMPTS[:2], PARAMS[:2])):
         if i == 5 and me == 1:
+            now_it_happens()
             llm._engine.abort_later(["0"])
 
 
@@ -173,6 +185,7 @@ def interrupted(folder, me):
 
     def step_or_interrupt():
         if next(steps) == 5 and me == 1:
+            now_it_happens()
             os.kill(os.getpid(), signal.SIGINT)
         return step()
 
@@ -185,6 +198,7 @@ def leaves(folder, me):
     llm = load(folder)
     for i, _ in enumerate(llm.stream(PROMPTS[:2], PARAMS[:2])):
         if i == 5 and me == 1:
+            now_it_happens()
             raise ZeroDivisionError
 
 
@@ -192,6 +206,7 @@ def one_dies(folder, me, *, who=1):
     llm = load(folder)
     for i, _ in enumerate(llm.stream(PROMPTS[:2], PARAMS[:2])):
         if i == 5 and me == who:
+            now_it_happens()
             os.kill(os.getpid(), signal.SIGKILL)
 
 

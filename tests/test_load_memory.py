@@ -165,11 +165,13 @@ llm.save(sys.argv[2])
 @pytest.mark.parametrize("is_saved", [False, True], ids=["safetensors", "saved"])
 def test_two_gigabytes_over_eight_devices_are_never_held_twice(sparse_folder, tmp_path, is_saved):
     folder = sparse_folder
-    if is_saved:
-        folder = tmp_path / "saved"
-        run(SAVE, sparse_folder, folder, size=1)
-    measured = run(SCRIPT, folder, "float32", "8", size=8)
-    shutil.rmtree(tmp_path)
+    try:
+        if is_saved:
+            folder = tmp_path / "saved"
+            run(SAVE, sparse_folder, folder, size=1)
+        measured = run(SCRIPT, folder, "float32", "8", size=8)
+    finally:
+        shutil.rmtree(tmp_path)  # two gigabytes
 
     fused = 2 * 4 * 16384 * 4096
     assert measured["params"] >= 2e9

@@ -233,6 +233,7 @@ def test_every_changed_or_exchanged_value_changes_the_checksum(dtype):
     ("shape", "specs"),
     [
         ((24,), [P("a"), P(("b", "a"))]),
+        ((7, 16), [P(None, "a"), P(None, ("a", "b"))]),  # rows that come out uneven
         ((8, 16), [P("a"), P(None, "b"), P("b", "a"), P(("a", "b"))]),
         ((8, 3, 4, 8), [P("a"), P("b", None, None, "a"), P(None, None, ("b",)), P(("b", "a"))]),
     ],
@@ -264,6 +265,16 @@ def test_folder_with_files_is_not_saved_into(folder, tmp_path):
         llm.save(tmp_path / "own")  # which is empty now
 
     LLM(tmp_path / "own", **SMALL).close()
+
+
+def test_place_that_cannot_be_written_is_named(folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with LLM(folder, **SMALL) as llm:
+        with pytest.raises(CheckpointError, match=r"file/saved' cannot be written: .*Give a fol"):
+            llm.save(tmp_path / "file" / "saved")
+        llm.save(tmp_path / "saved")
+
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "saved"}
 
 
 def test_missing_manifest_is_a_save_that_was_cut_off(damaged):

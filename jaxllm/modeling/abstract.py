@@ -143,8 +143,8 @@ def shapes_of(build: Build, config: ModelConfig, dtype: DTypeLike) -> Decoder:
 class OneKey:
     """Stands in for `nnx.Rngs` where nothing is drawn.
 
-    Its counts, when they are traced, cost a text of all that was traced before them: 20 s for 80
-    layers, of which 19 were this.
+    Its counts, when they are traced, cost a text of all that was traced before them: of 80 layers
+    nine tenths of the time.
     """
 
     def __init__(self) -> None:

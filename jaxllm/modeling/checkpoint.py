@@ -72,26 +72,26 @@ def _sums(sharding: NamedSharding, shape: tuple[int, ...]) -> Callable[[jax.Arra
         ]
         lead, width = x.shape[:-1], x.shape[-1]
         rows = x.reshape(-1, width)
-        at_once = rows.shape[0]
-        while at_once % 2 == 0 and at_once * width > SUMMED_AT_ONCE:
-            at_once //= 2
+        # XLA:CPU writes down what it sums, so that is a few rows at a time.
+        at_once = min(max(1, SUMMED_AT_ONCE // width), rows.shape[0])
+        trips, rest = divmod(rows.shape[0], at_once)
 
-        def add_rows(i: jax.Array, total: jax.Array) -> jax.Array:
-            # XLA:CPU writes down what it sums, so that is a few rows at a time.
-            some = jax.lax.dynamic_slice_in_dim(rows, i * at_once, at_once)
+        def sum_of(first: jax.Array | int, count: int) -> jax.Array:
+            some = jax.lax.dynamic_slice_in_dim(rows, first, count)
             bits = jax.lax.bitcast_convert_type(some, f"uint{8 * x.dtype.itemsize}")
-            local = jnp.unravel_index(i * at_once + jnp.arange(at_once), lead) if lead else []
-            place = jnp.zeros(at_once, jnp.uint32)
+            local = jnp.unravel_index(first + jnp.arange(count), lead) if lead else []
+            place = jnp.zeros(count, jnp.uint32)
             for index, begin, size in zip(local, begins, shape, strict=False):
                 place = place * jnp.uint32(size) + begin + index.astype(jnp.uint32)
             across = begins[-1] + jnp.arange(width, dtype=jnp.uint32)
             place = place[:, None] * jnp.uint32(shape[-1]) + across[None, :]
             # Multiplied, so that neighbours have factors far apart (Knuth's, of the golden ratio).
             factor = (place * jnp.uint32(2654435761) << jnp.uint32(1)) | jnp.uint32(1)
-            return total + jnp.sum(bits.astype(jnp.uint32) * factor, dtype=jnp.uint32)
+            return jnp.sum(bits.astype(jnp.uint32) * factor, dtype=jnp.uint32)
 
-        trips = rows.shape[0] // at_once
-        return jax.lax.fori_loop(0, trips, add_rows, jnp.zeros((), jnp.uint32))[None]
+        last = sum_of(trips * at_once, rest) if rest else jnp.zeros((), jnp.uint32)
+        total = jax.lax.fori_loop(0, trips, lambda i, t: t + sum_of(i * at_once, at_once), last)
+        return total[None]
 
     each = PartitionSpec(mesh.axis_names)
     mapped = jax.shard_map(
