@@ -1,6 +1,8 @@
 """On a GPU: tokens of every family against transformers in float32, then times of decoding.
 
-    python benchmarks/check_gpu.py [--json out.json] [--skip-llama]
+    python benchmarks/check_gpu.py [--json out.json] [--parts start parity qwen3-0.6b llama-3.1-8b]
+
+Parts are added to what the JSON file has, so a run may be made in pieces.
 
 Step times are of dummy bfloat16 weights in the shapes of Qwen3-0.6B and
 Llama-3.1-8B with 1,024 tokens of context a row: the median of 50 launches of the
@@ -284,26 +286,29 @@ def time_model(shape, bandwidth, rate):
     return {"construct_s": built, "decode": rows, "prefill": prefill, "generation": rates}
 
 
+PARTS = ("start", "parity", *SHAPES)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="where to write every figure")
-    parser.add_argument("--skip-llama", action="store_true", help="leave the 8B shape out")
+    parser.add_argument("--json", type=Path, help="where to add every figure")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     args = parser.parse_args()
-    # Before this process takes the card's memory, which its children need.
-    found = {"start": start_times("qwen3-0.6b")}
+    found = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    if "start" in args.parts:
+        # Before this process takes the card's memory, which its children need.
+        found["start"] = start_times("qwen3-0.6b")
     found |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    found["parity"] = check_parity(DEMO, PROMPTS)
-    print(found, flush=True)
-    found["families"] = check_families()
+    if "parity" in args.parts:
+        found["parity"], found["families"] = check_parity(DEMO, PROMPTS), check_families()
+    # Shares are of the rates of the same process.
     found["copy_bandwidth"], found["matmul_rate"] = copy_bandwidth(), matmul_rate()
-    print(f"copy {found['copy_bandwidth'] / 1e12:.2f} TB/s", flush=True)
-    print(f"matmul {found['matmul_rate'] / 1e12:.0f} TF/s", flush=True)
+    print(found, flush=True)
     for shape in SHAPES:
-        if args.skip_llama and shape.startswith("llama"):
-            continue
-        found[shape] = time_model(shape, found["copy_bandwidth"], found["matmul_rate"])
-        if args.json:
-            Path(args.json).write_text(json.dumps(found, indent=1))
+        if shape in args.parts:
+            found[shape] = time_model(shape, found["copy_bandwidth"], found["matmul_rate"])
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
