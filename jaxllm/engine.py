@@ -6,6 +6,7 @@ no other loop. So the host plans the next step while the device computes this on
 With `async_scheduling=False` it fetches each launch before it plans the next.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -74,6 +75,9 @@ class Engine:
         self.stats = EngineStats()
         self.in_call: frozenset[str] = frozenset()
         """Requests of the call in progress; afterwards, what a cut-off call left to clean up."""
+
+        self.lock = threading.Lock()
+        """Held by whoever steps where another thread may recover, and in `recover`."""
 
         self.is_settled = True
         """Whether no `reshard` was cut off, and its recovery too."""
@@ -255,12 +259,13 @@ class Engine:
         Requests of others start anew; the tokens they had are kept. If this is interrupted too,
         `in_call` still says so, and doing it again finishes it.
         """
-        self.abort(self.in_call)
-        self._in_flight.clear()
-        self.scheduler.reset(self.runner.builder.num_pages)
-        self.runner.recover()
-        self.in_call = frozenset()
-        self.is_settled = True
+        with self.lock:  # a step in progress elsewhere would go on with what is cleared here
+            self.abort(self.in_call)
+            self._in_flight.clear()
+            self.scheduler.reset(self.runner.builder.num_pages)
+            self.runner.recover()
+            self.in_call = frozenset()
+            self.is_settled = True
 
     def reshard(self, builder: ProgramBuilder) -> None:
         """Moves the model to another layout; unfinished requests are computed anew there.

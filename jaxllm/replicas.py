@@ -41,9 +41,6 @@ class Replica:
     """One engine and the step that its thread runs."""
 
     engine: Engine
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held by whoever steps."""
-
     turn: object = None
     """Of the call in progress; a step that was asked for in an earlier one does nothing."""
 
@@ -55,7 +52,7 @@ class Replica:
         """Runs the steps that are asked for; the replica's thread."""
         while (step := self.inbox.get()) is not None:
             try:
-                with self.lock:
+                with self.engine.lock:
                     if step.turn is self.turn:
                         step.finished = self.engine.step()
             except BaseException as error:
@@ -132,7 +129,7 @@ class Replicas:
         while waiting:
             try:
                 waiting[-1].turn = None
-                with waiting[-1].lock:
+                with waiting[-1].engine.lock:
                     waiting.pop()
             except KeyboardInterrupt as error:  # raised when no thread uses an engine any more
                 interrupt = error

@@ -56,12 +56,12 @@ def test_the_report_has_ratios_the_best_types_and_equal_tokens(script, capsys):
     assert "vllm 1 of 2 prompts." in shown
 
 
-def test_no_round_prints_what_the_file_has(tmp_path):
+def test_no_part_prints_what_the_file_has(tmp_path):
     path = tmp_path / "out.json"
     path.write_text(json.dumps([record("jaxllm", cold_s=5.0)]))
 
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--rounds", "0", "--json", path],
+        [sys.executable, SCRIPT, "--parts", "--json", path],
         capture_output=True,
         text=True,
         check=True,
