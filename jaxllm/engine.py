@@ -112,6 +112,10 @@ class Engine:
                     if request.request_id not in self.requests and not request.is_finished:
                         self.add_request(request)
                 yield
+        except GeneratorExit:
+            # An interrupt fell between this and the body of the `with`, and the collector found
+            # the rest: in any thread, in the middle of a later step. The next call recovers.
+            raise
         except BaseException as error:
             self.runner.peers.say(f"end a call by {type(error).__name__}")
             self.recover()

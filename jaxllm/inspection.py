@@ -20,7 +20,14 @@ from jaxllm.cache.memory import temp_bound
 from jaxllm.config import EngineConfig
 from jaxllm.devices import Room, room_on
 from jaxllm.errors import ConfigError, nearest
-from jaxllm.loading import Wishes, fit_cache, memory_fraction, resolve, stated_dtype
+from jaxllm.loading import (
+    Wishes,
+    fit_cache,
+    memory_fraction,
+    reserve_device_memory,
+    resolve,
+    stated_dtype,
+)
 from jaxllm.modeling import registry
 from jaxllm.modeling.abstract import abstract_model
 from jaxllm.modeling.config import ModelConfig
@@ -343,6 +350,8 @@ def inspect(  # noqa: PLR0913
             f"{sorted(CARDS)}, or leave it out for this machine."
         )
     layout = preset("replicated") if count == 1 else preset("tensor", tensor=count)
+    if target is None:
+        reserve_device_memory(wishes)
     found = None if target is None else gpu_devices(target, count)
     sharder = Sharder(layout, make_mesh(layout, found))
     builder, config = builder_of(hf, wishes, sharder, target)
@@ -383,7 +392,7 @@ def inspect_program(
         report=report(compiled),
         ideal=ideal_bytes(builder, key.bucket),
         state_bytes=sum(bytes_of_a_device(leaf) for leaf in jax.tree.leaves(state)),
-        temp_bound=temp_bound(config, builder.engine, [key.bucket]),
+        temp_bound=temp_bound(config, builder.engine, [key.bucket], builder.sharder.layout),
         compile_seconds=seconds,
         hlo=compiled.as_text() or "",
         thunks=None if launched is None else tuple(launched),

@@ -38,7 +38,9 @@ def noticed() -> Iterator[None]:
         yield
         check()
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Not where the collector ends, in another thread, a stretch whose beginning was cut off.
+        if _is_main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def check() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxllm import compile_cache, vllm_keywords
 from jaxllm.cache.memory import GIB
 from jaxllm.chat import parse_conversations, render
-from jaxllm.devices import release_freed_memory, reserve_memory
+from jaxllm.devices import release_freed_memory
 from jaxllm.engine import Engine
 from jaxllm.errors import ConfigError, JaxLLMError, RequestError
 from jaxllm.flags import NO_FLAGS, flags_of_params
@@ -25,7 +25,6 @@ from jaxllm.inspection import Inspection, Wanted, inspect_program
 from jaxllm.keywords import ExplainsKeywords
 from jaxllm.layout_report import LayoutReport, layout_report
 from jaxllm.loading import (
-    DEFAULTS,
     LoadFormat,
     Plan,
     Wishes,
@@ -34,6 +33,7 @@ from jaxllm.loading import (
     load_params,
     plan_load,
     plan_reshard,
+    reserve_device_memory,
 )
 from jaxllm.logs import configure
 from jaxllm.modeling.registry import Overrides
@@ -204,7 +204,7 @@ class LLM(metaclass=ExplainsKeywords):
             async_scheduling=async_scheduling is not False,
         )
         # The backend keeps the first share it starts with, so it is checked before.
-        reserve_memory(gpu_memory_utilization or DEFAULTS["gpu"]["memory_fraction"])
+        reserve_device_memory(wishes)
         wanted = WITHOUT_WEIGHTS if load_format == "dummy" else PATTERNS
         folder = local_folder(model, revision, hf_token, download_dir, wanted)
         sharder, *others = sharders(layout, tensor_parallel_size, data_parallel_size, devices)

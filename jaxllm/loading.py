@@ -29,7 +29,7 @@ from jaxllm.cache.memory import (
     temp_bound,
 )
 from jaxllm.config import EngineConfig
-from jaxllm.devices import Room, resolve_dtype, room_on
+from jaxllm.devices import Room, reserve_memory, resolve_dtype, room_on
 from jaxllm.distributed import local_devices
 from jaxllm.errors import ConfigError
 from jaxllm.logs import shows_progress
@@ -424,11 +424,19 @@ def memory_fraction(wishes: Wishes, platform: str) -> float:
     return wishes.memory_fraction or default
 
 
+def reserve_device_memory(wishes: Wishes) -> None:
+    """Asks for an engine's share of a GPU's memory; before the backend starts, or never.
+
+    Whatever looks at the devices calls it first: a plan that is followed by a load, too.
+    """
+    reserve_memory(memory_fraction(wishes, "gpu"))
+
+
 def reserved_temp(
     config: ModelConfig, engine: EngineConfig, model: AbstractModel, layout: Layout, platform: str
 ) -> int:
     """Returns the bytes of each device that neither weights nor cache may take."""
-    temp = temp_bound(config, engine, Buckets(engine).largest())
+    temp = temp_bound(config, engine, Buckets(engine).largest(), layout)
     # Made when the first penalty is asked for.
     temp += counts_bytes(config, engine) // layout.split("vocab")
     return temp if platform == "cpu" else temp + autotune_bytes(model.largest_leaf_per_device())

@@ -16,7 +16,7 @@ from jaxllm.cache.memory import GIB, MemoryPlan, temp_bound
 from jaxllm.compiling import Compiler, Program
 from jaxllm.errors import ConfigError
 from jaxllm.hardware import Hardware, parse
-from jaxllm.loading import Wishes, reserved_temp
+from jaxllm.loading import Wishes, reserve_device_memory, reserved_temp
 from jaxllm.modeling.forms import bare_shape
 from jaxllm.modeling.registry import Overrides
 from jaxllm.planner import Model, Planner, label, layout_for, model_name, read_config
@@ -385,6 +385,8 @@ def plan(  # noqa: PLR0913
         cache_bytes=kv_cache_memory_bytes,
     )
     hf = read_config(model, hf_overrides, revision, hf_token)
+    if hardware is None:
+        reserve_device_memory(wishes)
     planner = Planner(model_name(model, hf), hf, wishes, parse(hardware))
     chosen = layout_for(layout, planner.hardware, tensor_parallel_size, data_parallel_size)
     found = plan_layout(planner, chosen, batch, context)
@@ -448,7 +450,7 @@ def plan_layout(
         weight_bytes=shape.model.bytes_per_device(),
         temp_bytes=reserved_temp(*parts),
         temp_bounds=tuple(
-            (name, temp_bound(shape.config, shape.engine, [bucket]))
+            (name, temp_bound(shape.config, shape.engine, [bucket], shape.layout))
             for name, bucket in bounds.items()
         ),
         token_bytes=shape.token_bytes,

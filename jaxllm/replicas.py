@@ -101,11 +101,14 @@ class Replicas:
             turn = object()
             for replica in self._replicas:
                 replica.turn = turn
-            failure = None
             try:
                 yield
-            finally:
-                failure = self._settle()
+            except GeneratorExit:  # as in `Engine.call`: there may be nothing to settle any more
+                raise
+            except BaseException:
+                self._settle()
+                raise
+            failure = self._settle()
             if failure is not None:
                 raise failure
 

@@ -7,7 +7,6 @@ which need not be here, "measure" runs them on the devices that are.
 import html
 import importlib
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -15,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm.auto import tqdm
 
 from jaxllm.compiling import Compiler
 from jaxllm.errors import ConfigError, JaxLLMError, nearest
 from jaxllm.hardware import Hardware, parse
-from jaxllm.llm import LLM
-from jaxllm.loading import Wishes
+from jaxllm.loading import Wishes, reserve_device_memory
 from jaxllm.logs import shows_progress
+from jaxllm.measuring import Measured, measure
 from jaxllm.modeling.registry import Overrides
 from jaxllm.plan import (
     DEFAULT_BATCH,
@@ -37,7 +35,6 @@ from jaxllm.plan import (
 from jaxllm.planner import (
     Model,
     Planner,
-    config_dict,
     every_mixture,
     label,
     layout_for,
@@ -45,18 +42,11 @@ from jaxllm.planner import (
     read_config,
 )
 from jaxllm.progress import Progress
-from jaxllm.sampling_params import SamplingParams
 from jaxllm.sharding.choice import LayoutLike
 from jaxllm.sharding.gpu_topology import CARDS
 from jaxllm.sharding.layouts import Layout
 
 LEVELS = ("plan", "compile", "measure")
-
-MEASURED_STEPS = 16
-"""Decode steps of a measurement."""
-
-REPEATS = 3
-"""Of which the fastest counts: others of the machine's work only add."""
 
 BETTER: dict[str, Callable[..., Any]] = {
     "tokens_per_second": max,
@@ -72,20 +62,6 @@ BETTER: dict[str, Callable[..., Any]] = {
     "measured_prefill_seconds": min,
 }
 """By what rows can be compared, and whether more or less is better."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """What running a layout took here."""
-
-    prefill_seconds: float
-    """Of all prompts, with the first token of each."""
-
-    decode_seconds: float
-    """Of one step."""
-
-    kv_tokens: int
-    """That the engine's cache holds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -415,6 +391,8 @@ def sweep(  # noqa: PLR0913
         cache_bytes=kv_cache_memory_bytes,
     )
     hf = read_config(model, hf_overrides, revision, hf_token)
+    if hardware is None or level == "measure":
+        reserve_device_memory(wishes)
     planner = Planner(model_name(model, hf), hf, wishes, parse(hardware))
     if level == "measure":
         _require_here(planner.hardware)
@@ -562,69 +540,6 @@ def _as_compiled(found: LayoutPlan) -> dict[str, Any]:
 def _as_measured(found: Measured, batch: int) -> dict[str, Any]:
     figures = {f"measured_{name}": value for name, value in asdict(found).items()}
     return {**figures, "measured_tokens_per_second": batch / found.decode_seconds}
-
-
-def measure(planner: Planner, layout: Layout, batch: int, context: int) -> Measured:
-    """Runs a layout on the devices that are here, with random weights and random prompts.
-
-    A time is the shortest of several, after one in which programs are compiled.
-
-    Args:
-        planner: Of the model.
-        layout: Of all engines.
-        batch: Prompts, over all engines.
-        context: Tokens of each at the end; the last ones are generated.
-
-    Raises:
-        ConfigError: There are not the devices, or it does not fit on them.
-    """
-    wishes = planner.wishes
-    steps = min(MEASURED_STEPS, context - 1)
-    if steps < 1:
-        raise ConfigError(f"context={context} leaves no token to generate. Use 2 or more.")
-    random = np.random.default_rng(0)
-    vocab = int(planner.hf.vocab_size)
-    prompts = random.integers(0, vocab, (batch, context - steps)).tolist()
-    with tempfile.TemporaryDirectory(prefix="jaxllm-sweep-") as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config_dict(planner.hf)))
-        llm = LLM(
-            folder,
-            layout=layout,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype=wishes.dtype,
-            max_model_len=wishes.max_model_len,
-            max_num_seqs=wishes.max_num_seqs,
-            max_num_batched_tokens=wishes.max_num_batched_tokens,
-            gpu_memory_utilization=wishes.memory_fraction,
-            kv_cache_memory_bytes=wishes.cache_bytes,
-            block_size=wishes.page_size,
-            enable_prefix_caching=False,
-        )
-    with llm:
-
-        def took(num_tokens: int) -> float:
-            params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-            best = float("inf")
-            for repeat in range(REPEATS + 1):
-                start = time.perf_counter()
-                llm.generate(prompts, params, use_tqdm=False)
-                if repeat:  # the first compiles
-                    best = min(best, time.perf_counter() - start)
-            return best
-
-        first, all_tokens = took(1), took(1 + steps)
-        if all_tokens <= first:
-            raise ConfigError(
-                f"batch={batch}, context={context}: {1 + steps} tokens took no longer than one, so "
-                "decoding cannot be told from noise here. Let nothing else run beside it, or use "
-                "a larger batch or context."
-            )
-        return Measured(
-            prefill_seconds=first,
-            decode_seconds=(all_tokens - first) / steps,
-            kv_tokens=llm.stats()["num_pages"] // layout.num_replicas * wishes.page_size,
-        )
 
 
 def _extra(module: str, what: str) -> Any:

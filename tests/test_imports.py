@@ -48,6 +48,7 @@ LEVELS = [
     ["stats", "report"],
     ["llm"],
     ["terminal_chat", "bench"],
+    ["measuring"],
     ["", "sweep", "sweep_plot", "readme"],
     ["cli"],
     ["__main__"],

@@ -186,6 +186,27 @@ def test_interrupt_between_two_outputs_of_a_stream_frees_its_pages(llm, expected
         assert_exact(llm, name, expected)
 
 
+def test_a_call_that_never_began_may_be_collected_in_the_middle_of_a_step(
+    llm, expected, monkeypatch
+):
+    # An interrupt can fall behind `__enter__`; what is left is closed by the garbage collector.
+    requests = llm._builder.generation(parse_prompts(PROMPTS), [GREEDY] * len(PROMPTS))
+    never_began = llm._engine.call(requests)
+    never_began.__enter__()
+    launch = llm._engine.runner.launch
+
+    def collect_and_launch(*args):
+        never_began.gen.close()
+        return launch(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._engine.runner, "launch", collect_and_launch)
+
+        assert_exact(llm, "generate", expected)
+    for name in USES:
+        assert_exact(llm, name, expected)
+
+
 def test_interrupted_wait_forgets_its_requests_and_later_ones_are_answered(llm, expected):
     def bar(**_):
         raise KeyboardInterrupt

@@ -143,7 +143,23 @@ def test_no_weight_cache_or_row_of_logits_is_gathered_or_copied(key, name, model
     assert all(array.num_bytes <= stream for c in gathered for array in c.arrays)
     assert found.rewritten(at_least=MIB) == []
     assert found.alias_bytes == bytes_of_a_device(held.state_shapes())
-    assert found.temp_bytes <= temp_bound(MODELS[model][0], ENGINE, [key.bucket])
+    layout = held.sharder.layout
+    config = fit(MODELS[model][0], Decoder, layout).config
+    assert found.temp_bytes <= temp_bound(config, ENGINE, [key.bucket], layout)
+
+
+def test_the_bound_of_a_device_covers_a_long_context_and_is_no_waste():
+    long = EngineConfig(
+        max_model_len=131072, max_num_seqs=256, max_num_batched_tokens=8192, dtype="bfloat16"
+    )
+    held = dataclasses.replace(builder("tensor", "llama-3.1-8b"), engine=long)
+    layout = held.sharder.layout
+    bucket = Buckets(long).largest()[1]
+
+    temp = report(compile_only(held.lower(ProgramKey(bucket)))).temp_bytes
+
+    config = fit(LLAMA, Decoder, layout).config
+    assert temp <= temp_bound(config, long, [bucket], layout) <= 5 * temp
 
 
 EVERYTHING = SamplingFlags(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxllm import LLM, ConfigError, SamplingParams
+from jaxllm import LLM, ConfigError, SamplingParams, inspect, loading, plan, sweep
 from jaxllm.devices import memory_in_use, memory_limit, resolve_dtype
 from jaxllm.loading import Wishes, derived_length, load_params, max_model_len, plan_load
 from jaxllm.modeling.abstract import abstract_model, init_params
@@ -312,3 +312,26 @@ def test_a_share_of_the_machine_is_no_reason_for_pages_that_nobody_can_use(check
 
     # 4 sequences of 128 tokens, a page of room each.
     assert memory.num_tokens <= 4 * 132
+
+
+LOOKS = {
+    "plan": lambda model: plan(model),
+    "sweep": lambda model: sweep(model, level="measure", hardware="cpu", use_tqdm=False),
+    "inspect": lambda model: inspect(model, "decode"),
+    "LLM": lambda model: LLM(model, load_format="dummy"),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_memory_is_asked_for_before_the_devices_are_looked_at(monkeypatch, checkpoints, name):
+    model, asked = checkpoints(), []
+
+    def devices_of(*_):
+        assert asked == [0.92]
+        raise StopIteration
+
+    monkeypatch.setattr(loading, "reserve_memory", asked.append)
+    monkeypatch.setattr(jax, "devices", devices_of)
+
+    with pytest.raises(StopIteration):
+        LOOKS[name](model)

@@ -174,7 +174,7 @@ class TestWhatDoesNotFit:
     def test_more_devices_than_there_are_is_said(self):
         found = plan(LLAMA_405B, layout="tensor:8", hardware="h100:8")
 
-        assert "tensor_parallel_size=32, more than the 8 there are" in found.remedies
+        assert "tensor_parallel_size=16, more than the 8 there are" in found.remedies
         assert plan(LLAMA_405B, layout="tensor:32", hardware="h100:32").fits
 
     def test_a_shorter_length_is_named_and_fits(self):

@@ -296,6 +296,24 @@ def test_a_step_in_progress_ends_before_its_engine_recovers(llm, one, monkeypatc
     assert_clean(llm)
 
 
+def test_a_call_that_never_began_may_be_collected_in_the_middle_of_a_step(llm, one, monkeypatch):
+    # An interrupt can fall behind `__enter__`; what is left is closed by the garbage collector.
+    never_began = llm._engine.call([])
+    never_began.__enter__()
+    runner = llm._engine.engines[0].runner
+    launch = runner.launch
+
+    def collect_and_launch(*args):
+        never_began.gen.close()
+        return launch(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "launch", collect_and_launch)
+
+        assert generate(llm) == one[0]
+    assert_clean(llm)
+
+
 def test_closing_frees_every_array_of_every_engine(checkpoints):
     gc.collect()
     live = len(jax.live_arrays())

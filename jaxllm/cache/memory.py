@@ -15,8 +15,10 @@ from jaxllm.config import EngineConfig
 from jaxllm.errors import ConfigError
 from jaxllm.modeling.config import ModelConfig
 from jaxllm.pallas_kernels.attention.spec import TUNING
+from jaxllm.sharding.layouts import Layout
 
 GIB = 1 << 30
+ONE_DEVICE = Layout("one device", {}, {})
 FIXED_TEMP = 40 << 20
 """cuBLAS workspaces and the like, which do not grow with the shapes."""
 
@@ -61,30 +63,37 @@ class MemoryPlan:
         )
 
 
-def temp_bound(config: ModelConfig, engine: EngineConfig, buckets: Sequence[Bucket]) -> int:
-    """Returns at least the temporary bytes of every program up to these buckets.
+def temp_bound(
+    config: ModelConfig,
+    engine: EngineConfig,
+    buckets: Sequence[Bucket],
+    layout: Layout = ONE_DEVICE,
+) -> int:
+    """Returns at least the temporary bytes of every program up to these buckets, on a device.
 
     Per token: the residual stream, the widest of qkv and gate/up, in the model's
     dtype and in float32. Per row that samples: copies of its logits. For attention,
     which does chunks and decodes one after the other: gathered keys and values and
     their masked copy, and scores in float32, of one group of query blocks or of rows.
+    Each has of heads, mlp and vocabulary what the layout gives to one device.
     """
     size = 2 if engine.dtype in ("bfloat16", "float16") else 4
-    head_width = config.num_heads * config.head_dim
-    kv_width = config.num_kv_heads * config.head_dim
-    widest = max(2 * config.mlp_dim, 3 * head_width + 2 * kv_width)
+    num_heads = config.num_heads // layout.split("q_heads")
+    head_width = num_heads * config.head_dim
+    kv_width = config.num_kv_heads // layout.split("kv_heads") * config.head_dim
+    mlp_dim = config.mlp_dim // layout.split("mlp")
+    widest = max(2 * mlp_dim, 3 * head_width + 2 * kv_width)
     gathered = max(tuning.gather_bytes for tuning in TUNING.values())
     most = 0
     for bucket in buckets:
         keys = bucket.width * engine.page_size
         group = max(1, min(bucket.rows, gathered // (keys * kv_width * size)))
         key_bytes = keys * kv_width * (size + 4)
-        scores = keys * config.num_heads * 4
+        scores = keys * num_heads * 4
         tokens = bucket.tokens * (4 * config.embed_dim + 2 * widest + 2 * head_width) * (size + 4)
-        logits = 4 * bucket.rows * config.num_logits * 4
+        logits = 4 * bucket.rows * config.num_logits // layout.split("vocab") * 4
         at_once = max(
-            tuning.blocks_at_once(engine.block_q, config.num_heads, keys)
-            for tuning in TUNING.values()
+            tuning.blocks_at_once(engine.block_q, num_heads, keys) for tuning in TUNING.values()
         )
         block = at_once * (2 * key_bytes + 3 * engine.block_q * scores)
         rows = 3 * group * (key_bytes + scores)

@@ -9,6 +9,7 @@ from jaxllm.cache.memory import FIXED_TEMP, GIB, MemoryPlan, plan_memory, temp_b
 from jaxllm.config import EngineConfig
 from jaxllm.errors import ConfigError
 from jaxllm.modeling.config import ModelConfig, RopeConfig
+from jaxllm.sharding.layouts import Layout
 
 ENGINE = EngineConfig(max_model_len=100, max_num_seqs=4, max_num_batched_tokens=64, page_size=16)
 
@@ -192,6 +193,25 @@ def test_the_bound_counts_three_copies_of_the_logits_at_least():
     grown = temp_bound(wide, ENGINE, [BUCKET]) - temp_bound(MODEL, ENGINE, [BUCKET])
 
     assert grown >= 3 * BUCKET.rows * 1000 * 4
+
+
+@pytest.mark.parametrize("axis", ["q_heads", "kv_heads", "mlp", "vocab"])
+def test_what_is_split_is_counted_for_one_device(axis):
+    layout = Layout("halves", {"tensor": 2}, {axis: "tensor"})
+    model = dataclasses.replace(MODEL, mlp_dim=10 * MODEL.mlp_dim)  # wider than qkv
+    if axis.endswith("heads"):
+        model = MODEL
+
+    assert temp_bound(model, ENGINE, [BUCKET], layout) < temp_bound(model, ENGINE, [BUCKET])
+
+
+def test_the_residual_stream_is_whole_on_every_device():
+    layout = Layout("all", {"tensor": 2}, dict.fromkeys(("q_heads", "kv_heads", "mlp"), "tensor"))
+    wide = dataclasses.replace(MODEL, embed_dim=MODEL.embed_dim + 1000)
+
+    grown = temp_bound(wide, ENGINE, [BUCKET], layout) - temp_bound(MODEL, ENGINE, [BUCKET], layout)
+
+    assert grown >= 4 * BUCKET.tokens * 1000 * 4
 
 
 def test_numbers_of_16_bits_need_less():
