@@ -76,8 +76,9 @@ class Engine:
         self.in_call: frozenset[str] = frozenset()
         """Requests of the call in progress; afterwards, what a cut-off call left to clean up."""
 
-        self.lock = threading.Lock()
-        """Held by whoever steps where another thread may recover, and in `recover`."""
+        self.lock = threading.RLock()
+        """Held by whoever steps where another thread may recover, and in `recover`. A thread that
+        was cut off as it let it go may take it again."""
 
         self.is_settled = True
         """Whether no `reshard` was cut off, and its recovery too."""
