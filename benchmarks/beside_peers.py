@@ -30,6 +30,7 @@ import time
 START = time.perf_counter()
 
 import argparse
+import contextlib
 import glob
 import itertools
 import json
@@ -336,10 +337,28 @@ class Worker:
         )
         self.watch = MemoryWatch(self.process.pid)
         self.watch.start()
-        self.started = self.answer()
+        try:
+            self.started = self.answer()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """Leaves no process behind, stopped or not."""
+        self.watch.is_over.set()
+        if self.process.poll() is None:
+            for pid in reversed(process_tree(self.process.pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout, self.log):
+            pipe.close()
 
     def ask(self, what):
-        """Lets the process, and no other, do something; returns what it says."""
+        """Tells the process to do something; returns what it says."""
         self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
         return self.answer()
@@ -396,33 +415,34 @@ class Worker:
 
 def compare(engines, pythons, spec, work, parts, rounds):
     """Starts engines on one model and takes turns between them; yields records."""
-    caches = {
-        name: work / "caches" / name / spec["shape"] / spec["dtype"] / "kept" for name in engines
-    }
+    caches = {name: work / "caches" / name / spec["shape"] / spec["dtype"] for name in engines}
     for name in engines if "cold" in parts else ():
         shutil.rmtree(caches[name], ignore_errors=True)
         caches[name].mkdir(parents=True)
-        worker = Worker(name, pythons[name], spec, caches[name])
-        worker.end()
+        with Worker(name, pythons[name], spec, caches[name]) as worker:
+            worker.end()
         yield worker.record({"cold_s": worker.started["constructor_s"]})
     if "rounds" not in parts:
         return
-    workers = []
-    for name in engines:
-        caches[name].mkdir(parents=True, exist_ok=True)
-        workers.append(worker := Worker(name, pythons[name], spec, caches[name]))
-        started = worker.started
-        yield worker.record({"warm_s": started["constructor_s"], "process_s": started["process_s"]})
-        worker.ask("warm_up")
-        worker.stop()
-    for i in range(rounds):
-        # Whoever is first in one round is last in the next: the machine changes under them.
-        for worker in workers if i % 2 == 0 else reversed(workers):
-            yield worker.measure(i)
-    for worker in workers:
-        worker.go_on()
-        more = {"ids": worker.ask("ids")} if spec["dtype"] == "float32" else {}
-        yield worker.record(worker.end(), **more)
+    with contextlib.ExitStack() as stack:
+        workers = []
+        for name in engines:
+            caches[name].mkdir(parents=True, exist_ok=True)
+            worker = stack.enter_context(Worker(name, pythons[name], spec, caches[name]))
+            workers.append(worker)
+            started = worker.started
+            figures = {"warm_s": started["constructor_s"], "process_s": started["process_s"]}
+            yield worker.record(figures)
+            worker.ask("warm_up")
+            worker.stop()
+        for i in range(rounds):
+            # Whoever is first in one round is last in the next: the machine changes under them.
+            for worker in workers if i % 2 == 0 else reversed(workers):
+                yield worker.measure(i)
+        for worker in workers:
+            worker.go_on()
+            more = {"ids": worker.ask("ids")} if spec["dtype"] == "float32" else {}
+            yield worker.record(worker.end(), **more)
 
 
 def machine():

@@ -257,8 +257,9 @@ def start_times(shape):
     return found
 
 
-def time_model(shape, bandwidth, rate):
-    rows = []
+def time_model(shape):
+    rows, bandwidth, rate = [], copy_bandwidth(), matmul_rate()
+    print(f"copy {bandwidth / 1e12:.2f} TB/s, matmul {rate / 1e12:.0f} TF/s", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         write_config(shape, Path(folder))
         start = time.perf_counter()
@@ -283,7 +284,14 @@ def time_model(shape, bandwidth, rate):
             print(shape, prefill, flush=True)
             rates = [generation_rates(llm, batch) for batch in (1, 64)]
             print(shape, rates, flush=True)
-    return {"construct_s": built, "decode": rows, "prefill": prefill, "generation": rates}
+    return {
+        "copy_bandwidth": bandwidth,
+        "matmul_rate": rate,
+        "construct_s": built,
+        "decode": rows,
+        "prefill": prefill,
+        "generation": rates,
+    }
 
 
 PARTS = ("start", "parity", *SHAPES)
@@ -300,15 +308,14 @@ def main():
         found["start"] = start_times("qwen3-0.6b")
     found |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     if "parity" in args.parts:
-        found["parity"], found["families"] = check_parity(DEMO, PROMPTS), check_families()
-    # Shares are of the rates of the same process.
-    found["copy_bandwidth"], found["matmul_rate"] = copy_bandwidth(), matmul_rate()
-    print(found, flush=True)
+        found["parity"] = check_parity(DEMO, PROMPTS)
+        print(found, flush=True)
+        found["families"] = check_families()
     for shape in SHAPES:
         if shape in args.parts:
-            found[shape] = time_model(shape, found["copy_bandwidth"], found["matmul_rate"])
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+            found[shape] = time_model(shape)
+        if args.json:  # each time: a run may be cut off
+            args.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -32,14 +32,18 @@ def noticed() -> Iterator[None]:
     if not _is_main_thread() or signal.getsignal(signal.SIGINT) not in in_place:
         yield
         return
-    _came = False
+    _came, is_left = False, True
     try:
         signal.signal(signal.SIGINT, _interrupt)
         yield
         check()
+    except GeneratorExit:
+        # Its beginning was cut off, and the collector ends it: wherever it comes, in a later
+        # stretch or in another thread. The next stretch takes the handler as it finds it.
+        is_left = False
+        raise
     finally:
-        # Not where the collector ends, in another thread, a stretch whose beginning was cut off.
-        if _is_main_thread():
+        if is_left:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,60 @@ def test_an_engine_without_its_python_is_a_sentence():
 
     assert done.returncode == 1
     assert "--vllm-python is None. Give the path of one" in done.stderr
+
+
+FAKE = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+print("RESULT", '{"versions": {}, "child": %d}' % child.pid, flush=True)
+for line in sys.stdin:
+    print("RESULT", '{"decode_tok_s": 1.0}', flush=True)
+"""
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Stands in for a python with an engine: answers whatever it is asked."""
+    fake = tmp_path / "engine.py"
+    fake.write_text(FAKE)
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\nexec {sys.executable} {fake}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def state(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def wait_until_stopped(pids):
+    end = time.monotonic() + 60
+    while [state(pid) for pid in pids] != ["T", "T"]:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+def test_an_engine_is_stopped_between_its_turns_and_leaves_no_process(script, python, tmp_path):
+    spec = {"shape": "opt-125m", "dtype": "float32"}
+
+    with script.Worker("vllm", python, spec, tmp_path) as worker:
+        pids = [worker.process.pid, worker.started["child"]]
+        worker.stop()
+        wait_until_stopped(pids)
+        assert worker.measure(0)["figures"] == {"decode_tok_s": 1.0}
+        wait_until_stopped(pids)
+
+    assert not any(Path(f"/proc/{pid}").exists() and state(pid) != "Z" for pid in pids)
+
+
+def test_an_engine_that_fails_is_a_sentence_with_its_last_words(script, tmp_path):
+    path = tmp_path / "python"
+    path.write_text("#!/bin/sh\necho no such module >&2\nexit 1\n")
+    path.chmod(0o755)
+
+    with pytest.raises(SystemExit, match=r"vllm failed:\nno such module"):
+        script.Worker("vllm", str(path), {"shape": "", "dtype": ""}, tmp_path)
 
 
 def test_prompts_are_those_of_the_seed(script):

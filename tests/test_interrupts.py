@@ -307,6 +307,26 @@ def test_lost_interrupt_is_raised_where_one_asks_or_at_the_end():
         check()  # and it is over
 
 
+def test_a_stretch_that_never_began_ends_no_other():
+    first, second = noticed(), noticed()
+    first.__enter__()
+
+    def close_others():
+        with noticed():
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(first.gen.close).result()
+            second.__enter__()
+            second.gen.close()
+            Dropped()
+            check()
+            pytest.fail("not reached")
+
+    with pytest.raises(KeyboardInterrupt):
+        close_others()
+
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_handler_of_the_application_is_left_in_place(llm):
     came = []
     former = signal.signal(signal.SIGINT, lambda *_: came.append(True))

@@ -2,10 +2,11 @@
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from jaxllm import ConfigError, Sweep, sweep
+from jaxllm import LLM, ConfigError, Sweep, measuring, sweep
 from jaxllm.sharding.layouts import Layout
 from jaxllm.sweep import BETTER, SweepRow
 from tests.test_plan import LLAMA, LLAMA_70B
@@ -232,6 +233,32 @@ def test_a_batch_that_is_never_decoded_at_once_is_a_row_that_says_so(checkpoints
 
     assert row.measured_decode_seconds is None
     assert "were not decoded all at once for 4 steps: max_model_len=36" in row.error
+
+
+def test_a_step_is_one_in_which_every_prompt_gets_a_token(checkpoints, monkeypatch):
+    made = []
+
+    def load(*args, **options):
+        made.append(LLM(*args, **options))
+        return made[-1]
+
+    # A clock that counts the engine's steps, of which the prompts take many.
+    clock = SimpleNamespace(perf_counter=lambda: made[-1].stats()["num_steps"])
+    monkeypatch.setattr(measuring, "LLM", load)
+    monkeypatch.setattr(measuring, "time", clock)
+
+    (row,) = sweep(
+        checkpoints("llama"),
+        ["replicated"],
+        batch=8,
+        context=48,
+        level="measure",
+        max_model_len=128,
+        **{**OPTIONS, "max_num_batched_tokens": 16},
+    )
+
+    assert row.measured_prefill_seconds >= 8 * 31 / 16
+    assert row.measured_decode_seconds == 1
 
 
 def test_layouts_are_run_on_the_devices_that_are_here(checkpoints):
