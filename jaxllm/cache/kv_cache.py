@@ -37,14 +37,14 @@ def abstract_caches(
         sharder: The layout on its mesh.
     """
     tuning = tuning_for(sharder.mesh.devices.flat[0].platform)
-    order, stored = tuning.order, tuning.stored(dtype)
-    sharding = sharder.sharding(*(AXIS_NAMES[axis] for axis in order))
+    stored = tuning.stored(dtype)
 
-    def pages(spec: CacheSpec) -> jax.ShapeDtypeStruct:
+    def pages(spec: CacheSpec, order: str) -> jax.ShapeDtypeStruct:
         sizes = {"P": num_pages, "S": page_size, "K": spec.num_kv_heads, "D": spec.head_dim}
+        sharding = sharder.sharding(*(AXIS_NAMES[axis] for axis in order))
         return jax.ShapeDtypeStruct(tuple(sizes[axis] for axis in order), stored, sharding=sharding)
 
-    return cast("Caches", tuple((pages(spec), pages(spec)) for spec in specs))
+    return cast("Caches", tuple(tuple(pages(s, order) for order in tuning.orders) for s in specs))
 
 
 def allocate(abstract: Caches, fill: Callable[..., jax.Array] = jnp.zeros) -> Caches:

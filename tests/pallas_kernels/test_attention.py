@@ -40,7 +40,7 @@ STEPS = {
 }
 
 ONE_ROW_AT_A_TIME = Tuning(
-    order="KPSD",
+    orders=("KPDS", "KPSD"),
     gather_bytes=1,
     dynamic_trips=True,
     score_bytes=0,
@@ -134,7 +134,7 @@ def make_case(rows, spec, tuning, group=3, seed=0):
         decode_rows=num_rows,
         block_q=BLOCK_Q,
     )
-    caches = tuple(lay_out(pages, tuning.order) for pages in (k_pages, v_pages))
+    caches = tuple(map(lay_out, (k_pages, v_pages), tuning.orders))
     return Case(q, k, v, caches, attend, expected, num_tokens)
 
 
@@ -181,7 +181,7 @@ def test_every_number_of_heads_in_a_group(group, tuning):
 
 
 def test_keys_in_parts_want_the_order_that_they_are_gathered_in():
-    with pytest.raises(ValueError, match="keys_at_once=64 is for order KPSD: PSKD"):
+    with pytest.raises(ValueError, match="keys_at_once=64 is for orders KPDS, KPSD: "):
         dataclasses.replace(TUNING["gpu"], keys_at_once=64)
 
 
@@ -199,9 +199,8 @@ def test_padding_writes_to_the_trash_page_only(tuning):
 
     _, written = attend_with(case, SPECS["plain"])
 
-    order = TUNING[tuning].order
-    back = [order.index(axis) for axis in "PSKD"]
-    for held, pages in zip(case.caches, written, strict=True):
+    for held, pages, order in zip(case.caches, written, TUNING[tuning].orders, strict=True):
+        back = [order.index(axis) for axis in "PSKD"]
         before = held.transpose(back).reshape(NUM_PAGES * PAGE_SIZE, -1)
         after = np.asarray(pages).transpose(back).reshape(NUM_PAGES * PAGE_SIZE, -1)
         changed = np.flatnonzero(

@@ -68,8 +68,8 @@ class PagedAttend:
             raise ValueError("PagedAttend needs a cache; use DenseAttend for a forward without.")
         self.check_shapes(q, k, cache)
         pages = tuple(
-            xla.write(held, new, self.slot_mapping, self.tuning.order)
-            for held, new in zip(cache, (k, v), strict=True)
+            xla.write(held, new, self.slot_mapping, order)
+            for held, new, order in zip(cache, (k, v), self.tuning.orders, strict=True)
         )
         if self.blocks is None:
             return xla.attend_rows(q, pages, self, spec), pages
@@ -87,13 +87,12 @@ class PagedAttend:
         """Raises ValueError where the operands do not belong together (trace time)."""
         num_tokens, num_heads, head_dim = q.shape
         num_kv_heads = k.shape[1]
-        held = dict(zip(self.tuning.order, cache[0].shape, strict=True))
+        order = self.tuning.orders[0]
+        held = dict(zip(order, cache[0].shape, strict=True))
         if k.shape != (num_tokens, num_kv_heads, head_dim) or num_heads % num_kv_heads:
             raise ValueError(f"q {q.shape} and k {k.shape} do not fit: need [T, H, D], [T, K, D].")
         if (held["K"], held["D"]) != (num_kv_heads, head_dim):
-            raise ValueError(
-                f"cache {cache[0].shape} as {self.tuning.order} does not fit k {k.shape}."
-            )
+            raise ValueError(f"cache {cache[0].shape} as {order} does not fit k {k.shape}.")
         if self.slot_mapping.shape != (num_tokens,):
             raise ValueError(f"slot_mapping {self.slot_mapping.shape} is not [T={num_tokens}].")
 

@@ -52,8 +52,8 @@ class Attend(Protocol):
 class Tuning:
     """How the op works on a kind of device. Part of the program, never of the data."""
 
-    order: str
-    """Axis order of a layer's K and V arrays, letters of the legend."""
+    orders: tuple[str, str]
+    """Axis orders of a layer's K and V arrays, letters of the legend."""
 
     gather_bytes: int
     """Most bytes of gathered keys of one layer at once; more rows go in groups."""
@@ -66,7 +66,7 @@ class Tuning:
 
     keys_at_once: int
     """Keys in one round of a loop that ends with the last one that a query block or a group of rows
-    sees (order KPSD only); 0: all, which wants no loop whose end is data."""
+    sees (orders KPDS and KPSD only); 0: all, which wants no loop whose end is data."""
 
     upcast: bool
     """Whether 16-bit operands become float32 before a product."""
@@ -79,8 +79,10 @@ class Tuning:
 
     def __post_init__(self) -> None:
         """Checks what the fields say together."""
-        if self.keys_at_once and self.order != "KPSD":
-            raise ValueError(f"keys_at_once={self.keys_at_once} is for order KPSD: {self.order}.")
+        if self.keys_at_once and self.orders != ("KPDS", "KPSD"):
+            raise ValueError(
+                f"keys_at_once={self.keys_at_once} is for orders KPDS, KPSD: {self.orders}."
+            )
 
     def over(self, devices: int) -> Self:
         """Returns how the op works on arrays whose heads are split over so many devices.
@@ -104,14 +106,16 @@ class Tuning:
 
 
 TUNING = {
-    # KPSD: gathered pages are the operand of a batched matrix product as they lie.
-    # Few groups, as each takes a dozen small operations (256 KiB of keys in a group took 1.5x the
-    # time); but memory for all rows at once is mapped anew in each step, and that took 3x.
+    # Gathered pages are the operand of a batched matrix product: values as they lie, keys with
+    # the slots of a page side by side (the other way round, each gather is a transposition of
+    # single numbers: twice the time, and the product with it 1.5x).
+    # A group's keys stay near the core, and its longest row is not much longer than the others;
+    # with 2 MiB it took 1.3x the time, with 4 MiB 2x; smaller ones gain nothing more.
     # XLA:CPU has no batched product of bfloat16 into float32 in some shapes.
     # Nor a scatter of 16-bit floats: the cache would become float32 and back in every step.
     "cpu": Tuning(
-        order="KPSD",
-        gather_bytes=1 << 21,
+        orders=("KPDS", "KPSD"),
+        gather_bytes=1 << 20,
         dynamic_trips=True,
         score_bytes=0,
         # Three to four times as fast as all keys at once (64 queries, 9 heads; 512 keys), and
@@ -124,7 +128,7 @@ TUNING = {
     # data would make the host wait in each iteration, so unused blocks are run too.
     # A loop cannot be part of a CUDA graph: in each layer it would split that of the step.
     "gpu": Tuning(
-        order="PSKD",
+        orders=("PSKD", "PSKD"),
         gather_bytes=64 << 20,
         dynamic_trips=False,
         score_bytes=256 << 20,

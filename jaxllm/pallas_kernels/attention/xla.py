@@ -18,9 +18,14 @@ from jaxllm.pallas_kernels.attention.spec import MASKED, AttentionSpec, Tuning, 
 if TYPE_CHECKING:
     from jaxllm.pallas_kernels.attention.paged import PagedAttend
 
-# Einsum letters by cache order: of gathered rows, and of the scores of one query a row.
-# c: keys of a row (M * S), b: rows or blocks, q: queries of a block, g: heads of a group.
-LETTERS = {"PSKD": ("bckd", "bkcg"), "KPSD": ("kbcd", "kbcg")}
+GATHERED = {"PSKD": "bckd", "KPSD": "kbcd", "KPDS": "kbdc"}
+"""Einsum letters of gathered pages, by cache order.
+
+c: keys of a row (M * S), b: rows or blocks, q: queries of a block, g: heads of a group.
+"""
+
+SCORES = {"PSKD": "bkcg", "KPDS": "kbcg"}
+"""Letters of the scores of one query a row, by the order of the keys."""
 
 
 def write(pages: jax.Array, new: jax.Array, slots: jax.Array, order: str) -> jax.Array:
@@ -30,7 +35,7 @@ def write(pages: jax.Array, new: jax.Array, slots: jax.Array, order: str) -> jax
         pages: One layer's K or V, axes in `order`.
         new: [T, K, D].
         slots: int32 [T], page * S + offset. The trash page may come many times.
-        order: Of `Tuning`.
+        order: One of `Tuning.orders`.
     """
     shape = pages.shape
     if new.dtype != pages.dtype:  # `Tuning.as_bits`
@@ -42,22 +47,75 @@ def write(pages: jax.Array, new: jax.Array, slots: jax.Array, order: str) -> jax
     if order == "PSKD":
         flat = pages.reshape(shape[0] * shape[1], *shape[2:])
         return flat.at[slots].set(new, mode="promise_in_bounds").reshape(shape)
+    if order == "KPDS":
+        page, offset = jnp.divmod(slots, shape[3])
+        return pages.at[:, page, :, offset].set(new, mode="promise_in_bounds")
     flat = pages.reshape(shape[0], shape[1] * shape[2], shape[3])
     by_head = new.transpose(1, 0, 2)  # [K, T, D]
     return flat.at[:, slots].set(by_head, mode="promise_in_bounds").reshape(shape)
 
 
-def gather(pages: jax.Array, table: jax.Array, order: str, dtype: DTypeLike) -> jax.Array:
-    """Returns the slots of the pages in `table` [*, M], letters as in `LETTERS`."""
+def gather(
+    pages: jax.Array,
+    table: jax.Array,
+    order: str,
+    dtype: DTypeLike,
+    used: jax.Array | None = None,
+) -> jax.Array:
+    """Returns the slots of some pages.
+
+    Args:
+        pages: One layer's K or V, axes in `order`.
+        table: int32 [b, M], which pages.
+        order: One of `Tuning.orders`.
+        dtype: Of what is returned; `pages` may hold its bits.
+        used: int32 [b, M], from which slot of each page on zeros are returned; where S is before D.
+
+    Returns:
+        Letters as in `GATHERED`.
+    """
     at = order.index("P")
-    sizes = pages.shape[at:]
+    heads, page = pages.shape[:at], pages.shape[at + 1 :]
+    num_slots, num_pages = pages.shape[order.index("S")], table.shape[-1]
     # Where a page of a head is one piece, XLA:CPU copies it three times as fast as one long row.
-    if order.endswith("PSD"):
-        pages = pages.reshape(*pages.shape[:at], sizes[0], -1)
+    if order.startswith("KP"):
+        pages = pages.reshape(*pages.shape[: at + 1], -1)
     found = jnp.take(pages, table.reshape(-1), axis=at, mode="clip")
-    lead = (*found.shape[:at], *table.shape[:-1])
-    found = found.reshape(*lead, table.shape[-1] * sizes[1], *sizes[2:])
+    if used is not None:
+        length = found.shape[at + 1]  # S, or S * D
+        index = jnp.arange(length, dtype=jnp.int32)[None, :]
+        is_used = index < used.reshape(-1, 1) * (length // num_slots)
+        is_used = is_used.reshape(*[1] * at, *is_used.shape, *[1] * (found.ndim - at - 2))
+        found = jnp.where(is_used, found, 0)
+    found = found.reshape(*heads, *table.shape, *page)
+    if order == "KPDS":
+        found = found.swapaxes(-3, -2)  # [K, b, D, M, S]
+        found = found.reshape(*found.shape[:-2], num_pages * num_slots)
+    else:
+        found = found.reshape(*heads, *table.shape[:-1], num_pages * num_slots, *page[1:])
     return found if found.dtype == dtype else jax.lax.bitcast_convert_type(found, dtype)
+
+
+def gather_both(
+    pages: tuple[jax.Array, ...],
+    table: jax.Array,
+    kv_lens: jax.Array,
+    tuning: Tuning,
+    dtype: DTypeLike,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns keys and values in the pages of some rows; values after a row's last as zeros.
+
+    Args:
+        pages: K and V of a layer.
+        table: int32 [b, M].
+        kv_lens: int32 [b], slots in use, from the first page of `table` on.
+        tuning: Says how they are stored.
+        dtype: As `gather`.
+    """
+    num_slots = pages[1].shape[tuning.orders[1].index("S")]
+    used = kv_lens[:, None] - num_slots * jnp.arange(table.shape[-1], dtype=jnp.int32)[None, :]
+    keys = gather(pages[0], table, tuning.orders[0], dtype)
+    return keys, gather(pages[1], table, tuning.orders[1], dtype, used)
 
 
 def _visible(keys: jax.Array, queries: jax.Array, length: jax.Array, window: int | None):  # noqa: ANN202
@@ -85,7 +143,7 @@ def attend_rows(
     if step.tuning.keys_at_once:
         attend = _attend_rows_in_parts
         num_pages = min(num_pages, pages_at_once(pages, step.tuning))
-    row_bytes = num_pages * pages[0].nbytes // pages[0].shape[step.tuning.order.index("P")]
+    row_bytes = num_pages * pages[0].nbytes // _size(pages, step.tuning, "P")
     size = num_rows
     while size % 2 == 0 and size * row_bytes > step.tuning.gather_bytes:
         size //= 2
@@ -122,22 +180,22 @@ def _attend_rows(
     spec: AttentionSpec,
 ) -> jax.Array:
     """Attention of a group of rows whose keys are gathered together."""
-    kv, score = LETTERS[tuning.order]
-    keys, values = (gather(p, page_table, tuning.order, q.dtype) for p in pages)
+    key, value = (GATHERED[order] for order in tuning.orders)
+    score = SCORES[tuning.orders[0]]
+    keys, values = gather_both(pages, page_table, kv_lens, tuning, q.dtype)
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads = pages[0].shape[tuning.order.index("K")]
+    num_kv_heads = _size(pages, tuning, "K")
     grouped = q.reshape(num_rows, num_kv_heads, -1, head_dim)  # [B, K, G, D]
     # Keys are the left operand: as the right one XLA:CPU would transpose all of them.
-    scores = product(f"{kv},bkgd->{score}", keys, grouped, upcast=tuning.upcast)
+    scores = product(f"{key},bkgd->{score}", keys, grouped, upcast=tuning.upcast)
     scores = capped(scores * spec.scale, spec.softcap)
 
-    at = jnp.arange(keys.shape[kv.index("c")], dtype=jnp.int32)[None, :]
+    at = jnp.arange(keys.shape[key.index("c")], dtype=jnp.int32)[None, :]
     length = kv_lens[:, None]
     seen = _visible(at, length - 1, length, spec.window)  # [B, C]
     scores = jnp.where(_spread(seen, "bc", score), scores, MASKED)
     probs = jax.nn.softmax(scores, axis=score.index("c"))
-    values = jnp.where(_spread(seen, "bc", kv), values, 0)
-    out = product(f"{score},{kv}->bkgd", probs, values, upcast=tuning.upcast)
+    out = product(f"{score},{value}->bkgd", probs, values, upcast=tuning.upcast)
     return out.astype(q.dtype).reshape(num_rows, num_heads, head_dim)
 
 
@@ -164,7 +222,7 @@ def attend_blocks(
     if blocks is None:
         raise ValueError("attend_blocks was called for a step without query blocks.")
     num_tokens, num_heads, _ = q.shape
-    num_keys = step.page_table.shape[1] * pages[0].shape[step.tuning.order.index("S")]
+    num_keys = step.page_table.shape[1] * _size(pages, step.tuning, "S")
     size = step.tuning.blocks_at_once(step.block_q, num_heads, num_keys)
     overhang = ((0, step.block_q), (0, 0), (0, 0))
     q_padded = jnp.pad(q, overhang)
@@ -203,19 +261,18 @@ def _attend_blocks(
     spec: AttentionSpec,
 ) -> jax.Array:
     """Attention of query blocks [blocks, Q, H, D], whose positions are `query_at` [blocks, Q]."""
-    kv, _ = LETTERS[tuning.order]
-    keys, values = (gather(p, page_table, tuning.order, q.dtype) for p in pages)
-    num_kv_heads = pages[0].shape[tuning.order.index("K")]
+    key, value = (GATHERED[order] for order in tuning.orders)
+    keys, values = gather_both(pages, page_table, kv_lens, tuning, q.dtype)
+    num_kv_heads = _size(pages, tuning, "K")
     grouped = q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[-1])
-    scores = product(f"bqkgd,{kv}->bkgqc", grouped, keys, upcast=tuning.upcast)
+    scores = product(f"bqkgd,{key}->bkgqc", grouped, keys, upcast=tuning.upcast)
     scores = capped(scores * spec.scale, spec.softcap)
 
-    at = jnp.arange(keys.shape[kv.index("c")], dtype=jnp.int32)
+    at = jnp.arange(keys.shape[key.index("c")], dtype=jnp.int32)
     length = kv_lens[:, None, None]
     seen = _visible(at[None, None, :], query_at[:, :, None], length, spec.window)  # [blocks, Q, C]
     probs = jax.nn.softmax(jnp.where(_spread(seen, "bqc", "bkgqc"), scores, MASKED), axis=-1)
-    values = jnp.where(_spread(at[None, :] < kv_lens[:, None], "bc", kv), values, 0)
-    out = product(f"bkgqc,{kv}->bqkgd", probs, values, upcast=tuning.upcast)
+    out = product(f"bkgqc,{value}->bqkgd", probs, values, upcast=tuning.upcast)
     return out.astype(q.dtype).reshape(q.shape)
 
 
@@ -249,9 +306,9 @@ def _attend_in_parts(
     sums that are scaled whenever it grows.
     """
     num_blocks, block_q, _, head_dim = q.shape
-    num_kv_heads = pages[0].shape[tuning.order.index("K")]
+    num_kv_heads = _size(pages, tuning, "K")
     per_part = pages_at_once(pages, tuning)
-    size = per_part * pages[0].shape[tuning.order.index("S")]
+    size = per_part * _size(pages, tuning, "S")
     table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % per_part)))
     # [K, blocks, G * Q, D], m below: products of matrices as they lie, with no transposed result.
     scaled = q.astype(jnp.float32) * spec.scale
@@ -261,8 +318,8 @@ def _attend_in_parts(
     def attend_part(i: jax.Array, carry: tuple) -> tuple:
         highest, total, out = carry
         held = jax.lax.dynamic_slice_in_dim(table, i * per_part, per_part, axis=1)
-        keys, values = (gather(p, held, tuning.order, q.dtype) for p in pages)
-        scores = product("kbmd,kbcd->kbmc", queries, keys, upcast=tuning.upcast)
+        keys, values = gather_both(pages, held, kv_lens - i * size, tuning, q.dtype)
+        scores = product("kbmd,kbdc->kbmc", queries, keys, upcast=tuning.upcast)
         scores = capped(scores, spec.softcap)
         at = i * size + jnp.arange(size, dtype=jnp.int32)
         seen = _visible(
@@ -272,7 +329,6 @@ def _attend_in_parts(
         scores = jnp.where(_spread(seen, "bqc", "kbgqc"), by_query, MASKED).reshape(scores.shape)
         higher = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
         probs, rest = jnp.exp(scores - higher), jnp.exp(highest - higher)
-        values = jnp.where(_spread(at[None, :] < kv_lens[:, None], "bc", "kbcd"), values, 0)
         added = product("kbmc,kbcd->kbmd", probs, values, upcast=tuning.upcast)
         return higher, total * rest + jnp.sum(probs, axis=-1, keepdims=True), out * rest + added
 
@@ -288,7 +344,12 @@ def _attend_in_parts(
 
 def pages_at_once(pages: tuple[jax.Array, ...], tuning: Tuning) -> int:
     """Returns how many pages of a row are one part (`Tuning.keys_at_once`)."""
-    return max(1, tuning.keys_at_once // pages[0].shape[tuning.order.index("S")])
+    return max(1, tuning.keys_at_once // _size(pages, tuning, "S"))
+
+
+def _size(pages: tuple[jax.Array, ...], tuning: Tuning, axis: str) -> int:
+    """Returns the size of an axis of the cache, by its letter."""
+    return pages[0].shape[tuning.orders[0].index(axis)]
 
 
 def _spread(x: jax.Array, letters: str, target: str) -> jax.Array:
