@@ -603,6 +603,7 @@ def main():
                 f"{name} needs a python that has it, and {option} is {pythons[name]!r}. Give the "
                 "path of one, or name the others with --engines."
             )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no engine is left behind
     records = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
     for shape, dtype in itertools.product(args.shapes, args.dtypes) if args.parts else ():
         folder = args.work / "models" / shape

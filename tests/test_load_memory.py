@@ -1,4 +1,4 @@
-"""What a load takes of the host's memory, measured in a process of its own."""
+"""What a load and a reshard take of the host's memory, measured in a process of its own."""
 
 import json
 import os
@@ -209,6 +209,56 @@ def test_load_grows_by_less_than_two_tensors_beyond_the_parameters(folder, dtype
     in_mib = {name: value / MIB for name, value in measured.items()}
     assert measured["beyond"] < 2 * largest, in_mib
     assert measured["grown"] - measured["params"] < 2 * largest, in_mib
+
+
+# Samples this process' anonymous memory while the parameters move to another layout, and back.
+RESHARD = """
+import json, sys, threading, time
+from jaxllm import LLM
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(x.split()[1]) << 10 for x in status if x.startswith("RssAnon"))
+
+llm = LLM(
+    sys.argv[1], dtype="float32", max_model_len=16, max_num_seqs=1, max_num_batched_tokens=16,
+    kv_cache_memory_bytes=1 << 20, skip_tokenizer_init=True, use_tqdm_on_load=False,
+    layout="tensor", tensor_parallel_size=8,
+)
+held = sum(
+    shard.data.nbytes
+    for param in llm._engine.runner.params
+    for shard in param.addressable_shards
+)
+llm.reshard("tensor_2d", tensor_parallel_size=8)  # compiles what moves a shard
+llm.reshard("tensor", tensor_parallel_size=8)
+before, samples, done = anonymous(), [], threading.Event()
+
+def watch():
+    while not done.is_set():
+        samples.append(anonymous() - before)
+        time.sleep(0.0005)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+for name in ("tensor_2d", "tensor"):
+    llm.reshard(name, tensor_parallel_size=8)
+done.set()
+watcher.join()
+print(json.dumps({"params": held, "grown": max(samples), "samples": len(samples)}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_reshard_holds_one_parameter_twice_and_no_more(folder):
+    measured = run(RESHARD, folder, size=8)
+
+    largest = 4 * VOCAB * EMBED
+    assert measured["params"] > 4 * largest  # or it could hold all of them twice
+    assert measured["samples"] > 20
+    # Where it was, where it goes, and a copy on the way.
+    assert measured["grown"] < 2.5 * largest, measured
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep less")
