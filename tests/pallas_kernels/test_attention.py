@@ -15,7 +15,7 @@ from jaxllm.pallas_kernels.attention import (
     Tuning,
 )
 from jaxllm.pallas_kernels.attention.reference import attend_sequence
-from jaxllm.pallas_kernels.attention.spec import TUNING
+from jaxllm.pallas_kernels.attention.spec import AT_ONCE, IN_PARTS, TUNING
 
 PAGE_SIZE = 4
 NUM_PAGES = 40
@@ -40,7 +40,7 @@ STEPS = {
 }
 
 ONE_ROW_AT_A_TIME = Tuning(
-    orders=("KPDS", "KPSD"),
+    orders=IN_PARTS,
     gather_bytes=1,
     dynamic_trips=True,
     score_bytes=0,
@@ -49,18 +49,21 @@ ONE_ROW_AT_A_TIME = Tuning(
 )
 # With two of 4 x 6 x 32 scores at once, so that a group has blocks of two rows, or an unused one.
 TWO_BLOCKS_AT_ONCE = dataclasses.replace(
-    ONE_ROW_AT_A_TIME, score_bytes=2 * BLOCK_Q * 6 * 32 * 4 + 1, keys_at_once=0
+    ONE_ROW_AT_A_TIME,
+    score_bytes=2 * BLOCK_Q * 6 * 32 * 4 + 1,
+    keys_at_once=0,
+    orders=AT_ONCE,
 )
-IN_PARTS = dataclasses.replace(TWO_BLOCKS_AT_ONCE, keys_at_once=1)  # a page each
+A_PAGE_AT_A_TIME = dataclasses.replace(TWO_BLOCKS_AT_ONCE, keys_at_once=1, orders=IN_PARTS)
 TWO_ROWS_IN_PARTS = dataclasses.replace(
-    IN_PARTS, gather_bytes=2 * PAGE_SIZE * NUM_KV_HEADS * HEAD_DIM * 4
+    A_PAGE_AT_A_TIME, gather_bytes=2 * PAGE_SIZE * NUM_KV_HEADS * HEAD_DIM * 4
 )
 TUNINGS = {
     **TUNING,
     "small groups": ONE_ROW_AT_A_TIME,
     "small groups, no loop": dataclasses.replace(ONE_ROW_AT_A_TIME, unrolled_groups=8),
     "two blocks": TWO_BLOCKS_AT_ONCE,
-    "two blocks in parts": IN_PARTS,
+    "two blocks in parts": A_PAGE_AT_A_TIME,
     "two rows in parts": TWO_ROWS_IN_PARTS,
 }
 
@@ -181,8 +184,10 @@ def test_every_number_of_heads_in_a_group(group, tuning):
 
 
 def test_keys_in_parts_want_the_order_that_they_are_gathered_in():
-    with pytest.raises(ValueError, match="keys_at_once=64 is for orders KPDS, KPSD: "):
+    with pytest.raises(ValueError, match="keys_at_once=64 is for orders KPDS, KPSD: PSKD, PSKD"):
         dataclasses.replace(TUNING["gpu"], keys_at_once=64)
+    with pytest.raises(ValueError, match="keys_at_once=0 is for orders PSKD, PSKD: KPDS, KPSD"):
+        dataclasses.replace(TUNING["cpu"], keys_at_once=0)
 
 
 def test_bfloat16_is_close():

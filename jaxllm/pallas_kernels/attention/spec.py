@@ -19,6 +19,10 @@ MOST_BLOCKS = 8
 one after the other does (H100: 32 prompts of 128 tokens, one of 4096); sixteen gained no more."""
 
 
+AT_ONCE, IN_PARTS = ("PSKD", "PSKD"), ("KPDS", "KPSD")
+"""Axis orders of K and V: where all keys of a row are gathered at once, and where some are."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionSpec:
     """The constants of one layer's attention."""
@@ -66,7 +70,7 @@ class Tuning:
 
     keys_at_once: int
     """Keys in one round of a loop that ends with the last one that a query block or a group of rows
-    sees (orders KPDS and KPSD only); 0: all, which wants no loop whose end is data."""
+    sees (orders `IN_PARTS`); 0: all (orders `AT_ONCE`), which wants no loop whose end is data."""
 
     upcast: bool
     """Whether 16-bit operands become float32 before a product."""
@@ -79,9 +83,11 @@ class Tuning:
 
     def __post_init__(self) -> None:
         """Checks what the fields say together."""
-        if self.keys_at_once and self.orders != ("KPDS", "KPSD"):
+        orders = IN_PARTS if self.keys_at_once else AT_ONCE
+        if self.orders != orders:
             raise ValueError(
-                f"keys_at_once={self.keys_at_once} is for orders KPDS, KPSD: {self.orders}."
+                f"keys_at_once={self.keys_at_once} is for orders {', '.join(orders)}: "
+                f"{', '.join(self.orders)}."
             )
 
     def over(self, devices: int) -> Self:
@@ -114,7 +120,7 @@ TUNING = {
     # XLA:CPU has no batched product of bfloat16 into float32 in some shapes.
     # Nor a scatter of 16-bit floats: the cache would become float32 and back in every step.
     "cpu": Tuning(
-        orders=("KPDS", "KPSD"),
+        orders=IN_PARTS,
         gather_bytes=1 << 20,
         dynamic_trips=True,
         score_bytes=0,
@@ -128,7 +134,7 @@ TUNING = {
     # data would make the host wait in each iteration, so unused blocks are run too.
     # A loop cannot be part of a CUDA graph: in each layer it would split that of the step.
     "gpu": Tuning(
-        orders=("PSKD", "PSKD"),
+        orders=AT_ONCE,
         gather_bytes=64 << 20,
         dynamic_trips=False,
         score_bytes=256 << 20,

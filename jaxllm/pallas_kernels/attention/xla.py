@@ -18,15 +18,6 @@ from jaxllm.pallas_kernels.attention.spec import MASKED, AttentionSpec, Tuning, 
 if TYPE_CHECKING:
     from jaxllm.pallas_kernels.attention.paged import PagedAttend
 
-GATHERED = {"PSKD": "bckd", "KPSD": "kbcd", "KPDS": "kbdc"}
-"""Einsum letters of gathered pages, by cache order.
-
-c: keys of a row (M * S), b: rows or blocks, q: queries of a block, g: heads of a group.
-"""
-
-SCORES = {"PSKD": "bkcg", "KPDS": "kbcg"}
-"""Letters of the scores of one query a row, by the order of the keys."""
-
 
 def write(pages: jax.Array, new: jax.Array, slots: jax.Array, order: str) -> jax.Array:
     """Puts each token's row into its slot, in place where `pages` is donated.
@@ -72,7 +63,7 @@ def gather(
         used: int32 [b, M], from which slot of each page on zeros are returned; where S is before D.
 
     Returns:
-        Letters as in `GATHERED`.
+        [b, C, K, D] of PSKD, [K, b, C, D] of KPSD, [K, b, D, C] of KPDS; C is M * S.
     """
     at = order.index("P")
     heads, page = pages.shape[:at], pages.shape[at + 1 :]
@@ -179,23 +170,19 @@ def _attend_rows(
     tuning: Tuning,
     spec: AttentionSpec,
 ) -> jax.Array:
-    """Attention of a group of rows whose keys are gathered together."""
-    key, value = (GATHERED[order] for order in tuning.orders)
-    score = SCORES[tuning.orders[0]]
+    """Attention of a group of rows whose keys are gathered together (`AT_ONCE`)."""
     keys, values = gather_both(pages, page_table, kv_lens, tuning, q.dtype)
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = _size(pages, tuning, "K")
     grouped = q.reshape(num_rows, num_kv_heads, -1, head_dim)  # [B, K, G, D]
-    # Keys are the left operand: as the right one XLA:CPU would transpose all of them.
-    scores = product(f"{key},bkgd->{score}", keys, grouped, upcast=tuning.upcast)
+    scores = product("bckd,bkgd->bkcg", keys, grouped, upcast=tuning.upcast)
     scores = capped(scores * spec.scale, spec.softcap)
 
-    at = jnp.arange(keys.shape[key.index("c")], dtype=jnp.int32)[None, :]
+    at = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, :]
     length = kv_lens[:, None]
     seen = _visible(at, length - 1, length, spec.window)  # [B, C]
-    scores = jnp.where(_spread(seen, "bc", score), scores, MASKED)
-    probs = jax.nn.softmax(scores, axis=score.index("c"))
-    out = product(f"{score},{value}->bkgd", probs, values, upcast=tuning.upcast)
+    probs = jax.nn.softmax(jnp.where(_spread(seen, "bc", "bkcg"), scores, MASKED), axis=2)
+    out = product("bkcg,bckd->bkgd", probs, values, upcast=tuning.upcast)
     return out.astype(q.dtype).reshape(num_rows, num_heads, head_dim)
 
 
@@ -260,19 +247,18 @@ def _attend_blocks(
     tuning: Tuning,
     spec: AttentionSpec,
 ) -> jax.Array:
-    """Attention of query blocks [blocks, Q, H, D], whose positions are `query_at` [blocks, Q]."""
-    key, value = (GATHERED[order] for order in tuning.orders)
+    """Attention of query blocks [blocks, Q, H, D] at `query_at` [blocks, Q] (`AT_ONCE`)."""
     keys, values = gather_both(pages, page_table, kv_lens, tuning, q.dtype)
     num_kv_heads = _size(pages, tuning, "K")
     grouped = q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[-1])
-    scores = product(f"bqkgd,{key}->bkgqc", grouped, keys, upcast=tuning.upcast)
+    scores = product("bqkgd,bckd->bkgqc", grouped, keys, upcast=tuning.upcast)
     scores = capped(scores * spec.scale, spec.softcap)
 
-    at = jnp.arange(keys.shape[key.index("c")], dtype=jnp.int32)
+    at = jnp.arange(keys.shape[1], dtype=jnp.int32)
     length = kv_lens[:, None, None]
     seen = _visible(at[None, None, :], query_at[:, :, None], length, spec.window)  # [blocks, Q, C]
     probs = jax.nn.softmax(jnp.where(_spread(seen, "bqc", "bkgqc"), scores, MASKED), axis=-1)
-    out = product(f"bkgqc,{value}->bqkgd", probs, values, upcast=tuning.upcast)
+    out = product("bkgqc,bckd->bqkgd", probs, values, upcast=tuning.upcast)
     return out.astype(q.dtype).reshape(q.shape)
 
 
@@ -300,7 +286,7 @@ def _attend_in_parts(
     tuning: Tuning,
     spec: AttentionSpec,
 ) -> jax.Array:
-    """As `_attend_blocks`, some keys at a time and none that no query sees.
+    """As `_attend_blocks`, some keys at a time and none that no query sees (`IN_PARTS`).
 
     The softmax is Milakov and Gimelshein's (arXiv:1805.02867): a running maximum, and
     sums that are scaled whenever it grows.
