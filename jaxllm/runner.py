@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.cache.kv_cache import allocate
+from jaxllm.devices import release_freed_memory
 from jaxllm.distributed import put
 from jaxllm.inputs import DeviceState, StepOutputs
 from jaxllm.modeling.forms import is_placed, move
@@ -190,6 +191,8 @@ class ModelRunner:
                 # The old one is freed as its last name goes, but for shards that the new one has.
                 moved = move(self.params[i], *leaves).block_until_ready()
                 self.params = (*self.params[:i], moved, *self.params[i + 1 :])
+                # On CPU the C library would keep nearly as much as all parameters until the end.
+                release_freed_memory()
 
     def close(self) -> None:
         """Frees every array and program."""
