@@ -12,9 +12,6 @@ FEW_ROWS = 8
 TOKENS = (16, 64, 128, 256, 512)
 """Small steps; from here on powers of two, as padding a large step costs compute."""
 
-MIN_WIDTH = 8
-"""Pages of the narrowest page table."""
-
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bucket:
@@ -66,7 +63,8 @@ class Buckets:
         most = config.max_num_batched_tokens
         small = [size for size in TOKENS if size < most]
         self.tokens = (*small[:-1], *powers_of_two(small[-1] if small else most, most))
-        self.widths = powers_of_two(MIN_WIDTH, config.pages_per_seq)
+        narrowest = min(config.min_width, config.pages_per_seq)
+        self.widths = powers_of_two(narrowest, config.pages_per_seq)
 
     def of(self, plan: StepPlan) -> Bucket:
         """Returns the bucket of a step."""

@@ -50,6 +50,9 @@ class EngineConfig:
     """Rows of the smallest decode program. With one, XLA makes products as large as the weights,
     save on CPU in float32 and outside of loops, where it reads them twice as fast."""
 
+    min_width: int = 8
+    """Pages of the narrowest page table, where a sequence may have so many."""
+
     max_decode_steps: int = 1
     """Most tokens that a row may generate in one launch (N); a launch has 1, or one of
     `DECODE_STEPS` up to this."""
@@ -63,7 +66,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         """Checks what the fields alone can say."""
         counts = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
-        for name in (*counts, "block_q", "min_rows", "max_decode_steps"):
+        for name in (*counts, "block_q", "min_rows", "min_width", "max_decode_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.logprobs_mode not in LOGPROBS_MODES:

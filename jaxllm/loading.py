@@ -55,12 +55,14 @@ DEFAULTS = {
         "max_num_seqs": 64,
         "max_num_batched_tokens": 2048,
         "memory_fraction": 0.9,
+        "min_width": 256,  # attention ends with the last key, however wide the table is
         "max_decode_steps": 1,  # a launch costs little beside a step
     },
     "gpu": {
         "max_num_seqs": 256,
         "max_num_batched_tokens": 8192,
         "memory_fraction": 0.92,
+        "min_width": 8,
         "max_decode_steps": 32,
     },
 }
@@ -331,6 +333,7 @@ def engine_config(wishes: Wishes, length: int, dtype: str, device: jax.Device) -
         logprobs_mode=wishes.logprobs_mode,
         async_scheduling=wishes.async_scheduling,
         min_rows=1 if device.platform == "cpu" and dtype == "float32" else 2,
+        min_width=defaults["min_width"],
         max_decode_steps=defaults["max_decode_steps"],
     )
 

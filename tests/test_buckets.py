@@ -92,6 +92,14 @@ def test_the_default_engine_uses_few_sizes():
     assert buckets.widths == (8, 16, 32, 64, 128, 256)
 
 
+@pytest.mark.parametrize(
+    ("max_model_len", "widths"),
+    [(1000, (63,)), (4096, (256,)), (4097, (256, 512)), (20_000, (256, 512, 1024, 2048))],
+)
+def test_the_narrowest_table_is_as_wide_as_the_engine_says(max_model_len, widths):
+    assert Buckets(EngineConfig(max_model_len=max_model_len, min_width=256)).widths == widths
+
+
 def test_rows_that_all_decode_make_a_decode_step():
     bucket = Buckets(CONFIG).of(make_plan([(5, 1, True)] * 5))
 

@@ -43,6 +43,7 @@ def random_config(rng):
         max_num_batched_tokens=max(max_num_seqs, int(2 ** rng.uniform(1, 9))),
         page_size=page_size,
         min_rows=int(rng.integers(1, 3)),
+        min_width=int(rng.choice([8, 256])),
         max_decode_steps=int(rng.choice([1, 8, 32])),
         block_q=int(2 ** rng.integers(2, 6)),
     )
