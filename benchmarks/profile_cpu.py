@@ -6,6 +6,7 @@
 all are decoded are traced, none launched ahead. An operation that ran several times a step is in
 a loop, and those are attention's; the others' products are those with the weights. Times are
 what the threads that ran them took; a loop's own line is left out, as it holds others.
+Then the memory of this process (Linux), and how long each program took to compile.
 """
 
 import argparse
@@ -90,11 +91,33 @@ def table(found, median):
     print(f"| all others | | {rest:.0f} |")
 
 
+def resident():
+    """Returns GiB of this process's memory: its own, and that of files. Linux only."""
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return [int(status[name].split()[0]) / 2**20 for name in ("RssAnon", "RssFile")]
+
+
+def table_of_memory(found):
+    """Prints what was resident when."""
+    print("\n| memory, GiB | its own | of files |\n|---|---|---|")
+    for when, (own, files) in found.items():
+        print(f"| {when} | {own:.2f} | {files:.2f} |")
+
+
+def table_of_programs(programs):
+    """Prints how long each program took; little where the compile cache had it."""
+    print(f"\n{programs.counts.num_disk_hits} of {len(programs)} programs were in the cache.\n")
+    print("| program | traced and compiled in, s |\n|---|---|")
+    for key, seconds in programs.seconds.items():
+        print(f"| {key} | {seconds:.1f} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="smollm2-135m", choices=SHAPES)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     args = parser.parse_args()
+    memory = {"after imports": resident()}
     with model_folder(args.shape) as folder:
         llm = LLM(
             folder,
@@ -109,10 +132,14 @@ def main():
             use_tqdm_on_load=False,
         )
     with llm, tempfile.TemporaryDirectory(prefix="jaxllm-profile-") as folder:
+        memory["with the model"] = resident()
         decode(llm, 50, lambda _: None)  # compiles
         steps = []
         decode(llm, 60, steps.append)
+        memory["after two batches"] = resident()
         table(traced(llm, folder), statistics.median(steps))
+        table_of_memory(memory)
+        table_of_programs(llm._live_engine().runner.programs)
 
 
 if __name__ == "__main__":

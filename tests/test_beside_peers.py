@@ -81,9 +81,12 @@ def test_an_engine_without_its_python_is_a_sentence():
 
 
 FAKE = """
-import subprocess, sys
+import json, os, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-print("RESULT", '{"versions": {}, "child": %d}' % child.pid, flush=True)
+started = {"versions": {}, "constructor_s": 1.0, "process_s": 2.0}
+print("RESULT", json.dumps({**started, "pids": [os.getpid(), child.pid]}), flush=True)
+with open(__file__ + ".pids", "w") as file:
+    print(os.getpid(), child.pid, file=file)
 for line in sys.stdin:
     print("RESULT", '{"decode_tok_s": 1.0}', flush=True)
 """
@@ -98,6 +101,10 @@ def python(tmp_path):
     path.write_text(f"#!/bin/sh\nexec {sys.executable} {fake}\n")
     path.chmod(0o755)
     return str(path)
+
+
+def is_running(pid):
+    return Path(f"/proc/{pid}").exists() and state(pid) != "Z"
 
 
 def state(pid):
@@ -116,13 +123,33 @@ def test_an_engine_is_stopped_between_its_turns_and_leaves_no_process(script, py
     spec = {"shape": "opt-125m", "dtype": "float32"}
 
     with script.Worker("vllm", python, spec, tmp_path) as worker:
-        pids = [worker.process.pid, worker.started["child"]]
+        pids = worker.started["pids"]
         worker.stop()
         wait_until_stopped(pids)
         assert worker.measure(0)["figures"] == {"decode_tok_s": 1.0}
         wait_until_stopped(pids)
 
-    assert not any(Path(f"/proc/{pid}").exists() and state(pid) != "Z" for pid in pids)
+    assert not any(map(is_running, pids))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+def test_a_run_that_is_ended_leaves_no_engine(python, tmp_path):
+    model = tmp_path / "models" / "opt-125m"
+    model.mkdir(parents=True)
+    (model / "model.safetensors").touch()
+    command = f"--engines vllm --vllm-python {python} --shapes opt-125m --dtypes float32"
+    command += f" --parts rounds --rounds 1000000 --work {tmp_path}"
+    run = subprocess.Popen([sys.executable, SCRIPT, *command.split()], stdout=subprocess.PIPE)
+    for _ in range(2):  # of its start, and of a round
+        assert b"vllm opt-125m float32" in run.stdout.readline()
+    pids = [int(pid) for pid in (tmp_path / "engine.py.pids").read_text().split()]
+    assert all(map(is_running, pids))
+
+    run.terminate()
+    run.communicate(timeout=60)
+
+    assert run.returncode == 143
+    assert not any(map(is_running, pids))
 
 
 def test_an_engine_that_fails_is_a_sentence_with_its_last_words(script, tmp_path):
