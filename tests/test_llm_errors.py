@@ -242,12 +242,12 @@ def test_misspelt_keyword_names_the_nearest_and_all(folder):
     ],
 )
 def test_bad_option_is_refused_and_nothing_is_left(folder, options, message):
-    live = len(jax.live_arrays())
+    held = jax.live_arrays()  # and so are not collected meanwhile
 
     with pytest.raises(ConfigError, match=message):
         LLM(folder, skip_tokenizer_init=True, **{**SMALL, **options})
 
-    assert len(jax.live_arrays()) == live
+    assert len(jax.live_arrays()) == len(held)
 
 
 def test_wrong_share_of_memory_never_reaches_the_backend(folder, monkeypatch):
@@ -316,13 +316,13 @@ def test_auto_length_takes_what_a_small_cache_holds(folder):
 
 
 def test_folder_without_a_tokenizer_says_what_to_pass(folder):
-    live = len(jax.live_arrays())
+    held = jax.live_arrays()  # and so are not collected meanwhile
 
     message = "has no tokenizer that transformers can read.*tokenizer=.*skip_tokenizer_init=True"
     with pytest.raises(CheckpointError, match=f"(?s){message}"):
         LLM(folder, **SMALL)
 
-    assert len(jax.live_arrays()) == live
+    assert len(jax.live_arrays()) == len(held)
 
 
 def test_closed_llm_says_so_and_closes_again(folder):
