@@ -230,7 +230,7 @@ def interrupt_twice(use, delay):
     def interrupt(*_):
         nonlocal left
         left -= 1
-        if not left:
+        if left <= 0:  # a third may come before this one has ended
             signal.setitimer(signal.ITIMER_REAL, 0)
         raise KeyboardInterrupt
 
@@ -238,10 +238,10 @@ def interrupt_twice(use, delay):
     try:
         try:
             signal.setitimer(signal.ITIMER_REAL, delay, 1e-3)
-            while left:  # Python drops a signal that falls into a callback of its collector
+            while left > 0:  # Python drops a signal that falls into a callback of its collector
                 use()
         except KeyboardInterrupt:
-            while left:  # the use was over before the second one came
+            while left > 0:  # the use was over before the second one came
                 time.sleep(1e-4)
     except KeyboardInterrupt:
         pass
