@@ -5,6 +5,7 @@ folder; nothing comes from a network and torch is not needed.
 """
 
 import os
+import signal
 import tempfile
 
 from tests import xla
@@ -15,6 +16,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAXLLM_LOGGING_LEVEL", "WARNING")
 # Workers inherit the folder, so that each program is compiled once a run.
 os.environ.setdefault("JAXLLM_CACHE_ROOT", tempfile.mkdtemp(prefix="jaxllm-tests-"))
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that starts tests in the background has them ignore Ctrl-C, which some send.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 
