@@ -181,10 +181,11 @@ def test_two_gigabytes_over_eight_devices_are_never_held_twice(sparse_folder, tm
     assert measured["grown"] - measured["params"] < fused, in_mib
 
 
-def run(script, *args, size):
+def run(script, *args, size, **variables):
     """Runs a script on so many devices; returns what it prints, from JSON."""
     environment = {
         **os.environ,
+        **variables,
         "XLA_FLAGS": xla.flags(size),
         "PYTHONPATH": str(ROOT),
     }
@@ -254,13 +255,24 @@ print(json.dumps({"params": held, "grown": max(samples), "samples": len(samples)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_reshard_holds_one_parameter_twice_and_no_more(folder):
-    measured = run(RESHARD, folder, size=8)
+    # glibc maps what is as large as a shard by itself, and so keeps none that was freed.
+    measured = run(RESHARD, folder, size=8, MALLOC_MMAP_THRESHOLD_="65536")
 
     largest = 4 * VOCAB * EMBED
     assert measured["params"] > 4 * largest  # or it could hold all of them twice
     assert measured["samples"] > 20
-    # Beyond where it was: where it goes, a copy on the way, and what threads have not given back.
-    assert measured["grown"] < 3 * largest, measured
+    # Beyond where it was: where it goes, and a copy on the way.
+    assert measured["grown"] < 2.5 * largest, measured
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep less")
+def test_reshard_gives_back_what_each_parameter_leaves(folder):
+    measured = run(RESHARD, folder, size=8)
+
+    assert measured["samples"] > 20
+    # As above, and what stays at the end of a thread's memory. With nothing given back: 3.8 to 5.
+    assert measured["grown"] < 3 * 4 * VOCAB * EMBED, measured
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep less")
