@@ -10,6 +10,7 @@ Then the memory of this process (Linux), and how long each program took to compi
 """
 
 import argparse
+import math
 import os
 import re
 import statistics
@@ -92,9 +93,12 @@ def table(found, median):
 
 
 def resident():
-    """Returns GiB of this process's memory: its own, and that of files. Linux only."""
-    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return [int(status[name].split()[0]) / 2**20 for name in ("RssAnon", "RssFile")]
+    """Returns GiB of this process's memory, its own and that of files; NaN but on Linux."""
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return math.nan, math.nan
+    status = dict(line.split(":") for line in path.read_text().splitlines())
+    return tuple(int(status[name].split()[0]) / 2**20 for name in ("RssAnon", "RssFile"))
 
 
 def table_of_memory(found):

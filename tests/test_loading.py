@@ -10,14 +10,23 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, ConfigError, SamplingParams, inspect, loading, plan, sweep
+from jaxllm.buckets import Buckets
 from jaxllm.devices import memory_in_use, memory_limit, resolve_dtype
-from jaxllm.loading import Wishes, derived_length, load_params, max_model_len, plan_load
+from jaxllm.loading import (
+    Wishes,
+    derived_length,
+    engine_config,
+    load_params,
+    max_model_len,
+    plan_load,
+)
 from jaxllm.modeling.abstract import abstract_model, init_params
 from jaxllm.modeling.config import RopeConfig
 from jaxllm.modeling.families import llama
 from jaxllm.sharding.apply import Sharder
 from jaxllm.sharding.layouts import preset
 from jaxllm.sharding.mesh import make_mesh
+from tests.arrays import no_new_arrays
 from tests.tiny import sharder, tiny_checkpoint, tiny_model
 
 CPU = jax.devices()[0]
@@ -182,13 +191,18 @@ def test_dtype_that_cannot_be_names_one_that_can(asked, device, overflows, words
         resolve_dtype(asked, "bfloat16", device, overflows=overflows)
 
 
+@pytest.mark.parametrize(("platform", "num_widths"), [("cpu", 1), ("gpu", 6)])
+def test_programs_by_length_are_only_for_attention_that_pays_for_it(platform, num_widths):
+    engine = engine_config(Wishes(), 4096, "bfloat16", SimpleNamespace(platform=platform))
+
+    assert len(Buckets(engine).widths) == num_widths
+
+
 def test_family_that_overflows_float16_is_refused_before_it_is_loaded(checkpoints):
-    held = jax.live_arrays()  # and so are not collected meanwhile
+    folder, message = checkpoints("gemma2"), "dtype='half' is not for this model"
 
-    with pytest.raises(ConfigError, match="dtype='half' is not for this model"):
-        LLM(checkpoints("gemma2"), **SMALL, dtype="half")
-
-    assert len(jax.live_arrays()) == len(held)
+    with no_new_arrays(), pytest.raises(ConfigError, match=message):
+        LLM(folder, **SMALL, dtype="half")
 
 
 @pytest.mark.parametrize(("dtype", "said"), [("bfloat16", True), ("float32", False), ("auto", 0)])
