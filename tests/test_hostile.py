@@ -6,7 +6,6 @@ import shutil
 import struct
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -15,6 +14,7 @@ from jaxllm import LLM, CheckpointError, ConfigError, RequestError, SamplingPara
 from jaxllm import chat as chat_module
 from jaxllm.demo.tokenizer import train_tokenizer
 from jaxllm.errors import JaxLLMError, UnsupportedModelError
+from tests.arrays import no_new_arrays
 from tests.tiny import tiny_checkpoint
 
 SMALL = {
@@ -61,10 +61,8 @@ def load(folder, **options):
 
 def refusal(folder, **options):
     """The sentence of a load that must fail; nothing is left on the devices."""
-    held = jax.live_arrays()  # and so are not collected meanwhile
-    with pytest.raises(JaxLLMError) as caught:
+    with no_new_arrays(), pytest.raises(JaxLLMError) as caught:
         load(folder, **options)
-    assert len(jax.live_arrays()) == len(held)
     return str(caught.value)
 
 

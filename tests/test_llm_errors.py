@@ -3,7 +3,6 @@
 import os
 import re
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -19,6 +18,7 @@ from jaxllm import (
 )
 from jaxllm.demo.tokenizer import train_tokenizer
 from jaxllm.loading import Wishes, plan_load
+from tests.arrays import no_new_arrays
 from tests.tiny import Naive, sharder, tiny_checkpoint, tiny_model
 
 VOCAB_SIZE = 300
@@ -242,12 +242,8 @@ def test_misspelt_keyword_names_the_nearest_and_all(folder):
     ],
 )
 def test_bad_option_is_refused_and_nothing_is_left(folder, options, message):
-    held = jax.live_arrays()  # and so are not collected meanwhile
-
-    with pytest.raises(ConfigError, match=message):
+    with no_new_arrays(), pytest.raises(ConfigError, match=message):
         LLM(folder, skip_tokenizer_init=True, **{**SMALL, **options})
-
-    assert len(jax.live_arrays()) == len(held)
 
 
 def test_wrong_share_of_memory_never_reaches_the_backend(folder, monkeypatch):
@@ -316,13 +312,9 @@ def test_auto_length_takes_what_a_small_cache_holds(folder):
 
 
 def test_folder_without_a_tokenizer_says_what_to_pass(folder):
-    held = jax.live_arrays()  # and so are not collected meanwhile
-
     message = "has no tokenizer that transformers can read.*tokenizer=.*skip_tokenizer_init=True"
-    with pytest.raises(CheckpointError, match=f"(?s){message}"):
+    with no_new_arrays(), pytest.raises(CheckpointError, match=f"(?s){message}"):
         LLM(folder, **SMALL)
-
-    assert len(jax.live_arrays()) == len(held)
 
 
 def test_closed_llm_says_so_and_closes_again(folder):
