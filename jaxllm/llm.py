@@ -108,7 +108,7 @@ class LLM(metaclass=ExplainsKeywords):
             `max_model_len` needs it; it never takes more than `max_num_seqs` of them do.
         kv_cache_memory_bytes: Bytes of the cache on each device, instead.
         num_gpu_blocks_override: Pages of the cache, instead.
-        block_size: Tokens in a page of the cache, a power of two; 16 by default.
+        block_size: Tokens in a page of the cache, a power of two; 16 by default, on CPU 64.
         enable_prefix_caching: Keep the pages of past prompts and find them again; the default.
         enable_chunked_prefill: Compute long prompts over several steps; the default.
         max_logprobs: Most alternatives that `SamplingParams.logprobs` may ask for; -1: all.
@@ -193,7 +193,7 @@ class LLM(metaclass=ExplainsKeywords):
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            page_size=16 if block_size is None else block_size,
+            page_size=block_size,
             memory_fraction=gpu_memory_utilization,
             cache_bytes=kv_cache_memory_bytes,
             num_pages=num_gpu_blocks_override,

@@ -54,13 +54,15 @@ DEFAULTS = {
     "cpu": {
         "max_num_seqs": 64,
         "max_num_batched_tokens": 2048,
+        "page_size": 64,  # what attention reads at once (`Tuning.keys_at_once`)
         "memory_fraction": 0.9,
-        "min_width": 256,  # attention ends with the last key, however wide the table is
+        "min_width": 64,  # attention ends with the last key, however wide the table is
         "max_decode_steps": 1,  # a launch costs little beside a step
     },
     "gpu": {
         "max_num_seqs": 256,
         "max_num_batched_tokens": 8192,
+        "page_size": 16,
         "memory_fraction": 0.92,
         "min_width": 8,
         "max_decode_steps": 32,
@@ -79,7 +81,7 @@ class Wishes:
     max_model_len: int | str | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
-    page_size: int = 16
+    page_size: int | None = None
     memory_fraction: float | None = None
     cache_bytes: int | None = None
     num_pages: int | None = None
@@ -315,6 +317,7 @@ def engine_config(wishes: Wishes, length: int, dtype: str, device: jax.Device) -
     """Returns what the caller asked for, and the platform's defaults for the rest."""
     defaults = DEFAULTS["cpu" if device.platform == "cpu" else "gpu"]
     seqs, tokens = wishes.max_num_seqs, wishes.max_num_batched_tokens
+    page_size = defaults["page_size"] if wishes.page_size is None else wishes.page_size
     if seqs is None:
         seqs = min(defaults["max_num_seqs"], tokens or defaults["max_num_seqs"])
     if tokens is None:
@@ -325,7 +328,7 @@ def engine_config(wishes: Wishes, length: int, dtype: str, device: jax.Device) -
         max_model_len=length,
         max_num_seqs=int(seqs),  # NumPy's integers are taken, and would overflow in sums
         max_num_batched_tokens=int(tokens),
-        page_size=int(wishes.page_size),
+        page_size=int(page_size),
         dtype=dtype,
         enable_prefix_caching=wishes.enable_prefix_caching,
         enable_chunked_prefill=wishes.enable_chunked_prefill,

@@ -79,6 +79,7 @@ def measure(planner: Planner, layout: Layout, batch: int, context: int) -> Measu
             enable_prefix_caching=False,
         )
     with llm:
+        page_size = engines_of(llm._live_engine())[0].config.page_size
         first, each = [], []
         for repeat in range(REPEATS + 1):
             seconds = _prefill_seconds(llm, prompts), _decode_seconds(llm, prompts, steps)
@@ -88,7 +89,7 @@ def measure(planner: Planner, layout: Layout, batch: int, context: int) -> Measu
         return Measured(
             prefill_seconds=min(first),
             decode_seconds=min(each),
-            kv_tokens=llm.stats()["num_pages"] // layout.num_replicas * wishes.page_size,
+            kv_tokens=llm.stats()["num_pages"] // layout.num_replicas * page_size,
         )
 
 

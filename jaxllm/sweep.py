@@ -386,7 +386,7 @@ def sweep(  # noqa: PLR0913
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        page_size=16 if block_size is None else block_size,
+        page_size=block_size,
         memory_fraction=gpu_memory_utilization,
         cache_bytes=kv_cache_memory_bytes,
     )

@@ -214,7 +214,7 @@ ROWS = {
         "No available memory for the cache blocks.*Try increasing `gpu_memory_utilization`",
     ),
     "KV too small for one sequence": (
-        lambda w: w.load(kv_cache_memory_bytes=20_000, max_model_len=128),
+        lambda w: w.load(kv_cache_memory_bytes=20_000, block_size=16, max_model_len=128),
         ConfigError,
         r"To serve at least one request with the model's max seq len \(128\).*KV cache is needed"
         r".*available.*estimated maximum model length is 48",

@@ -273,7 +273,7 @@ def test_any_seed_makes_dummy_weights(folder):
 TOO_SMALL = [
     ({"cache_bytes": 1}, "No available memory for the cache blocks", ["kv_cache_memory_bytes"]),
     (
-        {"cache_bytes": 20_000},
+        {"cache_bytes": 20_000, "page_size": 16},
         r"To serve at least one request with the model's max seq len \(128\)",
         ["kv_cache_memory_bytes", "max_model_len"],
     ),
@@ -306,7 +306,9 @@ def test_cache_too_small_names_numbers_that_work(folder, wishes, message, cures)
 
 
 def test_auto_length_takes_what_a_small_cache_holds(folder):
-    plan = plan_load(folder, Wishes(cache_bytes=20_000, max_model_len="auto"), sharder(), "auto")
+    plan = plan_load(
+        folder, Wishes(cache_bytes=20_000, page_size=16, max_model_len="auto"), sharder(), "auto"
+    )
 
     assert plan.engine.max_model_len == plan.memory.num_tokens == 48
 

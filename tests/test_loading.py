@@ -143,7 +143,7 @@ def test_keys_that_bound_the_length_are_not_called_ignored(tmp_path):
 def test_rotation_is_built_for_the_final_length(tmp_path, asked, cache_bytes):
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     folder = tiny_checkpoint(tmp_path, rope_parameters=rope)
-    wishes = Wishes(max_model_len=asked, cache_bytes=cache_bytes)
+    wishes = Wishes(max_model_len=asked, cache_bytes=cache_bytes, page_size=16)
 
     plan = plan_load(folder, wishes, sharder(), "auto")
 
@@ -196,6 +196,16 @@ def test_programs_by_length_are_only_for_attention_that_pays_for_it(platform, nu
     engine = engine_config(Wishes(), 4096, "bfloat16", SimpleNamespace(platform=platform))
 
     assert len(Buckets(engine).widths) == num_widths
+
+
+@pytest.mark.parametrize(("platform", "size"), [("cpu", 64), ("gpu", 16)])
+def test_pages_are_of_the_platform_unless_they_are_asked_for(platform, size):
+    device = SimpleNamespace(platform=platform)
+
+    assert engine_config(Wishes(), 4096, "float32", device).page_size == size
+    assert engine_config(Wishes(page_size=8), 4096, "float32", device).page_size == 8
+    with pytest.raises(ConfigError, match="block_size=0 is not a power of two"):
+        engine_config(Wishes(page_size=0), 4096, "float32", device)
 
 
 def test_family_that_overflows_float16_is_refused_before_it_is_loaded(checkpoints):

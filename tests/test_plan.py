@@ -13,7 +13,7 @@ from jaxllm.sharding.layouts import Layout
 from tests.arrays import no_new_arrays
 from tests.tiny import CONFIGS, SIZES
 
-OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 128}
+OPTIONS = {"block_size": 16, "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 128}
 DEVICES = 8
 
 LLAMA = {

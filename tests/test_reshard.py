@@ -303,7 +303,7 @@ def test_cache_too_small_for_a_sequence_moves_nothing(folder, expected):
     # Split over two devices it holds one sequence; on one it does not.
     with LLM(
         folder,
-        **{**SMALL, "kv_cache_memory_bytes": 6_000},
+        **{**SMALL, "kv_cache_memory_bytes": 6_000, "block_size": 16},
         layout="tensor",
         tensor_parallel_size=2,
     ) as llm:

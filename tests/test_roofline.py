@@ -128,9 +128,13 @@ def test_operations_are_those_of_the_compiled_program():
     layout = layout_for("tensor:8", one.hardware)
     decode = compile_here(one, layout, batch=16, context=context)[1]
 
-    assert decode.flops == pytest.approx(
-        shape_of("tensor:8", dtype="float32").decode(16, context).flops
-    )
+    # On CPU products with ones and with the identity take the place of what it is slow at: the
+    # sums of a softmax of one head on each device, and tables of a rotation worked out once.
+    head_dim, layers = 64 // one.hf.num_attention_heads, one.hf.num_hidden_layers
+    sums = layers * 2 * 16 * context
+    rotation = 2 * 16 * head_dim * head_dim
+    counted = shape_of("tensor:8", dtype="float32").decode(16, context).flops
+    assert decode.flops == pytest.approx(counted + sums + rotation)
 
 
 def test_decode_reads_every_weight_once_and_every_token_of_the_cache():

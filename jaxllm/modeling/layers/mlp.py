@@ -1,9 +1,10 @@
-"""Feed-forward layers."""
+"""Feed-forward layers. Activations are computed in float32 and rounded once."""
 
 import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -49,9 +50,9 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, E] -> [T, E]."""
-        gate_up = self.gate_up(x)  # [T, F, 2]
+        gate_up = self.gate_up(x).astype(jnp.float32)  # [T, F, 2]
         gate, up = gate_up[..., 0], gate_up[..., 1]  # [T, F]
-        return self.down(ACTIVATIONS[self.activation](gate) * up)
+        return self.down((ACTIVATIONS[self.activation](gate) * up).astype(x.dtype))
 
 
 class MLP(nnx.Module):
@@ -75,7 +76,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, E] -> [T, E]."""
-        return self.down(ACTIVATIONS[self.activation](self.up(x)))
+        up = self.up(x).astype(jnp.float32)
+        return self.down(ACTIVATIONS[self.activation](up).astype(x.dtype))
 
 
 MLPS: dict[str, Callable[..., GatedMLP | MLP]] = {"gated": GatedMLP, "plain": MLP}

@@ -132,7 +132,20 @@ def rope_tables(
     """
     inv_freq, scale = KINDS[rope.kind](rope, head_dim)
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(inv_freq)[None, :]
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    tables = jnp.concatenate([jnp.cos(angles) * scale, jnp.sin(angles) * scale], axis=1)
+    tables = jax.lax.platform_dependent(tables, cpu=_computed_once, default=lambda x: x)
+    return tables[:, : len(inv_freq)], tables[:, len(inv_freq) :]
+
+
+def _computed_once(x: jax.Array) -> jax.Array:
+    """[N, M] -> the same, a product with the identity: exact, as all numbers are finite.
+
+    XLA:CPU puts cosines into whatever reads them, and so would compute them in each layer
+    for each head: a twentieth of a prompt's time in bfloat16. It does not look through products,
+    and takes barriers away before it decides.
+    """
+    identity = jnp.eye(x.shape[1], dtype=x.dtype)
+    return jax.lax.dot(x, identity, precision=jax.lax.Precision.HIGHEST)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

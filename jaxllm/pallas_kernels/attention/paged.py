@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxllm.pallas_kernels.attention import xla
 from jaxllm.pallas_kernels.attention.spec import AttentionSpec, LayerCache, Tuning
@@ -71,17 +72,32 @@ class PagedAttend:
             xla.write(held, new, self.slot_mapping, order)
             for held, new, order in zip(cache, (k, v), self.tuning.orders, strict=True)
         )
+        return self.attended(q, pages, spec, k.dtype), pages
+
+    def attended(
+        self, q: jax.Array, pages: tuple[jax.Array, ...], spec: AttentionSpec, dtype: DTypeLike
+    ) -> jax.Array:
+        """Takes q [T, H, D] and pages that hold keys and values of a type -> [T, H, D]."""
+        if self.tuning.upcast:
+            # Results are written over queries a few at a time. XLA:CPU would make float32 of
+            # all that is 16-bit, and back, each time.
+            return self._attended(q.astype(jnp.float32), pages, spec, dtype).astype(q.dtype)
+        return self._attended(q, pages, spec, dtype)
+
+    def _attended(
+        self, q: jax.Array, pages: tuple[jax.Array, ...], spec: AttentionSpec, dtype: DTypeLike
+    ) -> jax.Array:
         if self.blocks is None:
-            return xla.attend_rows(q, pages, self, spec), pages
-        out = xla.attend_blocks(q, pages, self, spec)
+            return xla.attend_rows(q, pages, self, spec, dtype)
+        out = xla.attend_blocks(q, pages, self, spec, dtype)
         if self.decode_rows:
             is_decode = jnp.arange(self.decode_rows) < self.num_decodes
             # Chunks have no keys here, so that no time goes into what is not used.
             decodes = replace(self, kv_lens=jnp.where(is_decode, self.kv_lens, 0))
-            decoded = xla.attend_rows(q[: self.decode_rows], pages, decodes, spec)
+            decoded = xla.attend_rows(q[: self.decode_rows], pages, decodes, spec, dtype)
             rest = out[: self.decode_rows]
             out = out.at[: self.decode_rows].set(jnp.where(is_decode[:, None, None], decoded, rest))
-        return out, pages
+        return out
 
     def check_shapes(self, q: jax.Array, k: jax.Array, cache: tuple[jax.Array, ...]) -> None:
         """Raises ValueError where the operands do not belong together (trace time)."""

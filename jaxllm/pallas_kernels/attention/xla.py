@@ -116,7 +116,11 @@ def _visible(keys: jax.Array, queries: jax.Array, length: jax.Array, window: int
 
 
 def attend_rows(
-    q: jax.Array, pages: tuple[jax.Array, ...], step: PagedAttend, spec: AttentionSpec
+    q: jax.Array,
+    pages: tuple[jax.Array, ...],
+    step: PagedAttend,
+    spec: AttentionSpec,
+    dtype: DTypeLike,
 ) -> jax.Array:
     """Attention of rows with one token each, the last of their sequence.
 
@@ -125,6 +129,7 @@ def attend_rows(
         pages: K and V of the layer.
         step: `page_table` [B, M] and `kv_lens` [B] are used.
         spec: The layer's constants.
+        dtype: Of the keys and values; `pages` may hold their bits.
 
     Returns:
         [B, H, D]; zeros where `kv_lens` is 0.
@@ -147,11 +152,11 @@ def attend_rows(
         queries, tables, lens = (
             jax.lax.dynamic_slice_in_dim(x, i * size, size) for x in (out, table, step.kv_lens)
         )
-        attended = attend(queries, tables, lens, pages, step.tuning, spec)
+        attended = attend(queries, tables, lens, pages, step.tuning, spec, dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, attended, i * size, axis=0)
 
     if size == num_rows:
-        return attend(q, step.page_table, step.kv_lens, pages, step.tuning, spec)
+        return attend(q, step.page_table, step.kv_lens, pages, step.tuning, spec, dtype)
     if num_rows // size > step.tuning.unrolled_groups:
         return jax.lax.fori_loop(0, num_rows // size, attend_group, q)
     out, table = q, step.page_table
@@ -169,9 +174,10 @@ def _attend_rows(
     pages: tuple[jax.Array, ...],
     tuning: Tuning,
     spec: AttentionSpec,
+    dtype: DTypeLike,
 ) -> jax.Array:
     """Attention of a group of rows whose keys are gathered together (`AT_ONCE`)."""
-    keys, values = gather_both(pages, page_table, kv_lens, tuning, q.dtype)
+    keys, values = gather_both(pages, page_table, kv_lens, tuning, dtype)
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = _size(pages, tuning, "K")
     grouped = q.reshape(num_rows, num_kv_heads, -1, head_dim)  # [B, K, G, D]
@@ -187,7 +193,11 @@ def _attend_rows(
 
 
 def attend_blocks(
-    q: jax.Array, pages: tuple[jax.Array, ...], step: PagedAttend, spec: AttentionSpec
+    q: jax.Array,
+    pages: tuple[jax.Array, ...],
+    step: PagedAttend,
+    spec: AttentionSpec,
+    dtype: DTypeLike,
 ) -> jax.Array:
     """Attention of query blocks, a few at a time.
 
@@ -201,6 +211,7 @@ def attend_blocks(
         pages: K and V of the layer.
         step: `blocks`, `page_table` and `kv_lens` are used.
         spec: The layer's constants.
+        dtype: Of the keys and values; `pages` may hold their bits.
 
     Returns:
         [T, H, D]; what no block covers is left as it was in `q`.
@@ -227,7 +238,9 @@ def attend_blocks(
 
         table, lens = step.page_table[row], step.kv_lens[row]
         attend = _attend_in_parts if step.tuning.keys_at_once else _attend_blocks
-        attended = attend(cut(q_padded), cut(positions), table, lens, pages, step.tuning, spec)
+        attended = attend(
+            cut(q_padded), cut(positions), table, lens, pages, step.tuning, spec, dtype
+        )
         for at, block in zip(start, attended, strict=True):
             out = jax.lax.dynamic_update_slice_in_dim(out, block, at, axis=0)
         return out
@@ -246,9 +259,10 @@ def _attend_blocks(
     pages: tuple[jax.Array, ...],
     tuning: Tuning,
     spec: AttentionSpec,
+    dtype: DTypeLike,
 ) -> jax.Array:
     """Attention of query blocks [blocks, Q, H, D] at `query_at` [blocks, Q] (`AT_ONCE`)."""
-    keys, values = gather_both(pages, page_table, kv_lens, tuning, q.dtype)
+    keys, values = gather_both(pages, page_table, kv_lens, tuning, dtype)
     num_kv_heads = _size(pages, tuning, "K")
     grouped = q.reshape(*q.shape[:2], num_kv_heads, -1, q.shape[-1])
     scores = product("bqkgd,bckd->bkgqc", grouped, keys, upcast=tuning.upcast)
@@ -269,11 +283,14 @@ def _attend_rows_in_parts(
     pages: tuple[jax.Array, ...],
     tuning: Tuning,
     spec: AttentionSpec,
+    dtype: DTypeLike,
 ) -> jax.Array:
     """As `_attend_rows`, some keys at a time up to the end of the longest row."""
     # Padding stands where the longest does, and so makes no row begin sooner.
     last = jnp.where(kv_lens > 0, kv_lens, jnp.max(kv_lens)) - 1
-    attended = _attend_in_parts(q[:, None], last[:, None], page_table, kv_lens, pages, tuning, spec)
+    attended = _attend_in_parts(
+        q[:, None], last[:, None], page_table, kv_lens, pages, tuning, spec, dtype
+    )
     return attended[:, 0]
 
 
@@ -285,6 +302,7 @@ def _attend_in_parts(
     pages: tuple[jax.Array, ...],
     tuning: Tuning,
     spec: AttentionSpec,
+    dtype: DTypeLike,
 ) -> jax.Array:
     """As `_attend_blocks`, some keys at a time and none that no query sees (`IN_PARTS`).
 
@@ -304,7 +322,7 @@ def _attend_in_parts(
     def attend_part(i: jax.Array, carry: tuple) -> tuple:
         highest, total, out = carry
         held = jax.lax.dynamic_slice_in_dim(table, i * per_part, per_part, axis=1)
-        keys, values = gather_both(pages, held, kv_lens - i * size, tuning, q.dtype)
+        keys, values = gather_both(pages, held, kv_lens - i * size, tuning, dtype)
         scores = product("kbmd,kbdc->kbmc", queries, keys, upcast=tuning.upcast)
         scores = capped(scores, spec.softcap)
         at = i * size + jnp.arange(size, dtype=jnp.int32)
@@ -313,10 +331,12 @@ def _attend_in_parts(
         )  # [blocks, Q, C]
         by_query = scores.reshape(num_kv_heads, num_blocks, -1, block_q, size)
         scores = jnp.where(_spread(seen, "bqc", "kbgqc"), by_query, MASKED).reshape(scores.shape)
-        higher = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
+        higher = jnp.maximum(highest, _largest(scores))
         probs, rest = jnp.exp(scores - higher), jnp.exp(highest - higher)
         added = product("kbmc,kbcd->kbmd", probs, values, upcast=tuning.upcast)
-        return higher, total * rest + jnp.sum(probs, axis=-1, keepdims=True), out * rest + added
+        ones = jnp.ones((size, 1), jnp.float32)
+        summed = product("kbmc,cd->kbmd", probs, ones, upcast=tuning.upcast)
+        return higher, total * rest + summed, out * rest + added
 
     last = jnp.minimum(jnp.max(kv_lens), jnp.max(query_at) + 1)
     first = 0 if spec.window is None else jnp.maximum(0, jnp.min(query_at) + 1 - spec.window)
@@ -326,6 +346,14 @@ def _attend_in_parts(
     out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)  # of padding, nothing was summed
     out = out.reshape(num_kv_heads, num_blocks, -1, block_q, head_dim).transpose(1, 3, 0, 2, 4)
     return out.astype(q.dtype).reshape(q.shape)
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    """Returns the largest number of the last axis, whose size is a power of two: [..., 1]."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = jnp.maximum(x[..., :half], x[..., half:])
+    return x
 
 
 def pages_at_once(pages: tuple[jax.Array, ...], tuning: Tuning) -> int:

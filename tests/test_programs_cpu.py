@@ -1,0 +1,38 @@
+"""What XLA:CPU makes of the engine's programs, where it is slow unless it is told how."""
+
+import re
+
+import pytest
+
+from jaxllm import inspect
+from jaxllm.hlo import Module
+
+STEPS = {"prefill": {"tokens": 128, "batch": 2}, "decode": {"batch": 8}}
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=STEPS)
+def text(request, checkpoints, dtype):
+    what = request.param
+    return inspect(checkpoints("llama"), what, context=64, dtype=dtype, **STEPS[what]).hlo
+
+
+def test_rotations_are_worked_out_once_and_not_in_each_layer(text):
+    assert len(re.findall(r" cosine\(", text)) == len(re.findall(r" sine\(", text)) == 1
+
+
+def test_what_is_written_in_place_is_not_converted_for_it(text):
+    module = Module(text)
+
+    updated = [
+        known[instruction.operands[0]].opcode
+        for known in module.computations.values()
+        for instruction in known.values()
+        if instruction.opcode in ("dynamic-update-slice", "scatter")
+    ]
+    assert updated
+    assert "convert" not in updated
