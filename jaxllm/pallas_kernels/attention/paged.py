@@ -77,7 +77,7 @@ class PagedAttend:
     def attended(
         self, q: jax.Array, pages: tuple[jax.Array, ...], spec: AttentionSpec, dtype: DTypeLike
     ) -> jax.Array:
-        """Takes q [T, H, D] and pages that hold keys and values of a type -> [T, H, D]."""
+        """Takes q [T, H, D], pages that hold keys and values of `dtype` -> [T, H, D]."""
         if self.tuning.upcast:
             # Results are written over queries a few at a time. XLA:CPU would make float32 of
             # all that is 16-bit, and back, each time.

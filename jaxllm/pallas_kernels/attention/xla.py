@@ -331,6 +331,8 @@ def _attend_in_parts(
         )  # [blocks, Q, C]
         by_query = scores.reshape(num_kv_heads, num_blocks, -1, block_q, size)
         scores = jnp.where(_spread(seen, "bqc", "kbgqc"), by_query, MASKED).reshape(scores.shape)
+        # XLA:CPU takes as long to reduce the scores of a block as to compute them, so their maximum
+        # is one of halves, and their sum a product.
         higher = jnp.maximum(highest, _largest(scores))
         probs, rest = jnp.exp(scores - higher), jnp.exp(highest - higher)
         added = product("kbmc,kbcd->kbmd", probs, values, upcast=tuning.upcast)
