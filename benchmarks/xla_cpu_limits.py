@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.pallas_kernels.attention import xla
+from jaxllm.pallas_kernels.attention.spec import product
 
 TRIPS, CALLS = 200, 7
 BLOCK, GROUP = (3, 192, 64), (48, 3, 64)
@@ -51,46 +52,43 @@ def show(name, step, carry, *rest, work=0.0, unit="GFLOP/s"):
     print(f"| {name} | {each * 1e6:.1f} | {rate} | {sum(cpu) / sum(wall):.1f} |", flush=True)
 
 
-def product(x, y):
-    return jnp.einsum("bmd,bdc->bmc", x, y, preferred_element_type=jnp.float32)
-
-
 def products():
     for name, shape in (("a block", BLOCK), ("four blocks", (12, *BLOCK[1:])), ("a group", GROUP)):
-        queries, keys = arrays(shape, (shape[0], 64, 64))
-        work = 2 * queries.size * 64
-        show(f"product of {name}", lambda q, k, _: product(q, k), queries, keys, work=work)
-    queries, keys = arrays((1, 1536, 1536), (1, 1536, 1536))
-    show(
-        "product of two matrices of 1,536",
-        lambda q, k, _: product(q, k),
-        queries,
-        keys,
-        work=2 * 1536**3,
-    )
+        # As they are stored, a page's slots side by side, and the other way round.
+        for keys_are, letters in (("D, S", "bdc"), ("S, D", "bcd")):
+            queries, keys = arrays(shape, (shape[0], 64, 64))
+
+            def multiply(q, k, _, letters=letters):
+                return product(f"bmd,{letters}->bmc", q, k, upcast=False)
+
+            work = 2 * queries.size * 64
+            show(f"product of {name}, keys [{keys_are}]", multiply, queries, keys, work=work)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        size = 1536
+        x, weight = arrays((size, size), (size, size), dtype=dtype)
+
+        def multiply(x, weight, _):
+            return product("md,cd->mc", x, weight, upcast=False).astype(x.dtype)
+
+        name = f"product of two matrices of {size}, {jnp.dtype(dtype)}"
+        show(name, multiply, x, weight, work=2 * size**3)
     first, second, keys = arrays(BLOCK, BLOCK, (3, 64, 64))
     work = 2 * 2 * first.size * 64
 
     def both(pair, keys, _):
-        return product(pair[0], keys), product(pair[1], keys)
+        return tuple(product("bmd,bdc->bmc", q, keys, upcast=False) for q in pair)
 
     show("two blocks, neither needs the other", both, (first, second), keys, work=work)
 
 
 def softmax():
+    ones = jnp.ones((64, 1))
     for name, shape in (("a block", BLOCK), ("a group", GROUP)):
-        ones = jnp.ones((64, 1))
-
-        def halves(x):
-            while x.shape[-1] > 1:
-                x = jnp.maximum(x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :])
-            return x
-
         for what, found in {
             "largest": lambda x: jnp.max(x, axis=-1, keepdims=True),
-            "largest, by halves": halves,
+            "largest, by halves": xla.largest,
             "sum": lambda x: jnp.sum(x, axis=-1, keepdims=True),
-            "sum, by a product": lambda x, ones=ones: jnp.einsum("bmc,cd->bmd", x, ones),
+            "sum, by a product": lambda x: product("bmc,cd->bmd", x, ones, upcast=False),
             "exponentials": lambda x: jnp.exp(x - 1),
         }.items():
             (scores,) = arrays(shape)

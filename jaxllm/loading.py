@@ -39,6 +39,7 @@ from jaxllm.modeling.abstract import AbstractModel, abstract_model, init_params
 from jaxllm.modeling.config import ModelConfig, with_length
 from jaxllm.modeling.fitting import fit, unfit
 from jaxllm.modeling.manifest import Manifest, read_manifest
+from jaxllm.pallas_kernels.attention.spec import TUNING
 from jaxllm.peers import peers_of
 from jaxllm.sampling_params import as_integer
 from jaxllm.sharding.apply import Sharder
@@ -54,9 +55,9 @@ DEFAULTS = {
     "cpu": {
         "max_num_seqs": 64,
         "max_num_batched_tokens": 2048,
-        "page_size": 64,  # what attention reads at once (`Tuning.keys_at_once`)
+        "page_size": TUNING["cpu"].keys_at_once,  # so that a part of the keys is a page as it lies
         "memory_fraction": 0.9,
-        "min_width": 64,  # attention ends with the last key, however wide the table is
+        "narrowest": 4096,  # attention ends with the last key, however wide the table is
         "max_decode_steps": 1,  # a launch costs little beside a step
     },
     "gpu": {
@@ -64,7 +65,7 @@ DEFAULTS = {
         "max_num_batched_tokens": 8192,
         "page_size": 16,
         "memory_fraction": 0.92,
-        "min_width": 8,
+        "narrowest": 128,
         "max_decode_steps": 32,
     },
 }
@@ -336,7 +337,7 @@ def engine_config(wishes: Wishes, length: int, dtype: str, device: jax.Device) -
         logprobs_mode=wishes.logprobs_mode,
         async_scheduling=wishes.async_scheduling,
         min_rows=1 if device.platform == "cpu" and dtype == "float32" else 2,
-        min_width=defaults["min_width"],
+        min_width=max(1, defaults["narrowest"] // max(1, page_size)),  # of tokens, in pages
         max_decode_steps=defaults["max_decode_steps"],
     )
 

@@ -82,7 +82,7 @@ def test_an_engine_without_its_python_is_a_sentence():
 
 FAKE = """
 import json, os, subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 started = {"versions": {}, "constructor_s": 1.0, "process_s": 2.0}
 print("RESULT", json.dumps({**started, "pids": [os.getpid(), child.pid]}), flush=True)
 with open(__file__ + ".pids", "w") as file:

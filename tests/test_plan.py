@@ -13,7 +13,7 @@ from jaxllm.sharding.layouts import Layout
 from tests.arrays import no_new_arrays
 from tests.tiny import CONFIGS, SIZES
 
-OPTIONS = {"block_size": 16, "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 128}
+OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 128}
 DEVICES = 8
 
 LLAMA = {
@@ -77,7 +77,7 @@ def test_a_load_takes_what_was_planned(checkpoints, family, layout, devices):
         runner = llm._engine.runner
         weights = bytes_by_device(runner.params)
         cache = bytes_by_device(jax.tree.leaves(runner.state.caches))
-        tokens = llm.stats()["num_pages"] * 16
+        tokens = llm.stats()["num_pages"] * llm._engine.config.page_size
 
     assert len(weights) == len(cache) == devices
     assert weights == pytest.approx([found.weight_bytes] * devices, rel=0.01)

@@ -130,9 +130,9 @@ def test_operations_are_those_of_the_compiled_program():
 
     # On CPU products with ones and with the identity take the place of what it is slow at: the
     # sums of a softmax of one head on each device, and tables of a rotation worked out once.
-    head_dim, layers = 64 // one.hf.num_attention_heads, one.hf.num_hidden_layers
+    head_dim, layers = one.hf.hidden_size // one.hf.num_attention_heads, one.hf.num_hidden_layers
     sums = layers * 2 * 16 * context
-    rotation = 2 * 16 * head_dim * head_dim
+    rotation = 2 * 2 * 16 * (head_dim // 2) ** 2  # cosines and sines
     counted = shape_of("tensor:8", dtype="float32").decode(16, context).flops
     assert decode.flops == pytest.approx(counted + sums + rotation)
 

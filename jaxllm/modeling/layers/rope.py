@@ -132,20 +132,20 @@ def rope_tables(
     """
     inv_freq, scale = KINDS[rope.kind](rope, head_dim)
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(inv_freq)[None, :]
-    tables = jnp.concatenate([jnp.cos(angles) * scale, jnp.sin(angles) * scale], axis=1)
-    tables = jax.lax.platform_dependent(tables, cpu=_computed_once, default=lambda x: x)
-    return tables[:, : len(inv_freq)], tables[:, len(inv_freq) :]
+    cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    return jax.lax.platform_dependent(cos, sin, cpu=_computed_once, default=lambda *x: x)
 
 
-def _computed_once(x: jax.Array) -> jax.Array:
-    """[N, M] -> the same, a product with the identity: exact, as all numbers are finite.
+def _computed_once(*tables: jax.Array) -> tuple[jax.Array, ...]:
+    """[T, N] each -> the same, products with the identity: exact, as all numbers are finite.
 
     XLA:CPU puts cosines into whatever reads them, and so would compute them in each layer
     for each head: a twentieth of a prompt's time in bfloat16. It does not look through products,
     and takes barriers away before it decides.
     """
-    identity = jnp.eye(x.shape[1], dtype=x.dtype)
-    return jax.lax.dot(x, identity, precision=jax.lax.Precision.HIGHEST)
+    identity = jnp.eye(tables[0].shape[1], dtype=tables[0].dtype)
+    precision = jax.lax.Precision.HIGHEST
+    return tuple(jax.lax.dot(table, identity, precision=precision) for table in tables)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -72,21 +72,15 @@ class PagedAttend:
             xla.write(held, new, self.slot_mapping, order)
             for held, new, order in zip(cache, (k, v), self.tuning.orders, strict=True)
         )
-        return self.attended(q, pages, spec, k.dtype), pages
-
-    def attended(
-        self, q: jax.Array, pages: tuple[jax.Array, ...], spec: AttentionSpec, dtype: DTypeLike
-    ) -> jax.Array:
-        """Takes q [T, H, D], pages that hold keys and values of `dtype` -> [T, H, D]."""
-        if self.tuning.upcast:
-            # Results are written over queries a few at a time. XLA:CPU would make float32 of
-            # all that is 16-bit, and back, each time.
-            return self._attended(q.astype(jnp.float32), pages, spec, dtype).astype(q.dtype)
-        return self._attended(q, pages, spec, dtype)
+        # Results are written over queries a few at a time. Where they are 16-bit, XLA:CPU would
+        # make float32 of all of them, and back, each time.
+        queries = q.astype(jnp.float32) if self.tuning.upcast else q
+        return self._attended(queries, pages, spec, k.dtype).astype(q.dtype), pages
 
     def _attended(
         self, q: jax.Array, pages: tuple[jax.Array, ...], spec: AttentionSpec, dtype: DTypeLike
     ) -> jax.Array:
+        """Takes q [T, H, D], pages that hold keys and values of `dtype` -> [T, H, D]."""
         if self.blocks is None:
             return xla.attend_rows(q, pages, self, spec, dtype)
         out = xla.attend_blocks(q, pages, self, spec, dtype)

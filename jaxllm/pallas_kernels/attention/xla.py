@@ -333,7 +333,7 @@ def _attend_in_parts(
         scores = jnp.where(_spread(seen, "bqc", "kbgqc"), by_query, MASKED).reshape(scores.shape)
         # XLA:CPU takes as long to reduce the scores of a block as to compute them, so their maximum
         # is one of halves, and their sum a product.
-        higher = jnp.maximum(highest, _largest(scores))
+        higher = jnp.maximum(highest, largest(scores))
         probs, rest = jnp.exp(scores - higher), jnp.exp(highest - higher)
         added = product("kbmc,kbcd->kbmd", probs, values, upcast=tuning.upcast)
         ones = jnp.ones((size, 1), jnp.float32)
@@ -350,7 +350,7 @@ def _attend_in_parts(
     return out.astype(q.dtype).reshape(q.shape)
 
 
-def _largest(x: jax.Array) -> jax.Array:
+def largest(x: jax.Array) -> jax.Array:
     """Returns the largest number of the last axis, whose size is a power of two: [..., 1]."""
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
