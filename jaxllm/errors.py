@@ -37,6 +37,10 @@ class OutOfPagesError(JaxLLMError):
     """The page pool was asked for more pages than are free: a bug of the scheduler."""
 
 
+class NativeBuildError(JaxLLMError):
+    """A kernel in C++ could not be compiled for this processor."""
+
+
 class RecompileError(JaxLLMError):
     """Something was compiled after warm-up, and `JAXLLM_RECOMPILE=error` forbids it."""
 

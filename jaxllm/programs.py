@@ -33,7 +33,12 @@ from jaxllm.inputs import (
 )
 from jaxllm.modeling.abstract import AbstractModel
 from jaxllm.modeling.decoder import Decoder
-from jaxllm.pallas_kernels.attention import PagedAttend, QueryBlocks, tuning_for
+from jaxllm.pallas_kernels.attention import (
+    PagedAttend,
+    QueryBlocks,
+    Tuning,
+    compiled_tuning_for,
+)
 from jaxllm.sampler import Vocabulary, choose, score_tokens
 from jaxllm.settings import compiler_options, platform_of
 from jaxllm.sharding.apply import Sharder
@@ -161,6 +166,12 @@ class ProgramBuilder:
         """How the columns of the logits are to be read."""
         return Vocabulary(self.model.vocab_size, self.sharder)
 
+    @property
+    def tuning(self) -> Tuning:
+        """How attention works here. Asked for the first time, it may compile a kernel."""
+        mesh = self.sharder.mesh
+        return compiled_tuning_for(mesh.devices.flat[0].platform, mesh.size, self.engine.dtype)
+
     def logits(self, model: Decoder, hidden: jax.Array) -> jax.Array:
         """[R, E] -> float32 [R, V], each device with its share of the vocabulary."""
         return self.sharder.pin(model.logits(hidden), None, "vocab")
@@ -209,7 +220,6 @@ class ProgramBuilder:
             inputs: Of the step.
             slots: int32 [T], where each token is written.
         """
-        platform = self.sharder.mesh.devices.flat[0].platform
         chunks, blocks = inputs.chunks, None
         if chunks is not None:
             blocks = QueryBlocks(
@@ -221,7 +231,7 @@ class ProgramBuilder:
             kv_lens=inputs.kv_lens,
             num_decodes=inputs.num_decodes,
             blocks=blocks,
-            tuning=tuning_for(platform).over(self.sharder.layout.split("kv_heads")),
+            tuning=self.tuning.over(self.sharder.layout.split("kv_heads")),
             decode_rows=key.bucket.decode_rows,
             block_q=self.engine.block_q,
         )

@@ -12,6 +12,7 @@ import jax
 from jaxllm import compile_cache
 from jaxllm.cache.memory import GIB
 from jaxllm.loading import Plan
+from jaxllm.pallas_kernels.attention import why_not_compiled
 from jaxllm.program_cache import ProgramCache
 from jaxllm.settings import Setting, platform_of, settings
 
@@ -103,6 +104,7 @@ def report_of(name: str, plan: Plan, tables: Sequence[ProgramCache], warmup: str
             "memory": f"{memory.cache_bytes / GIB:.2f} GiB",
         },
         programs={
+            "attention": _attention(plan),
             "compiled": sum(len(table) for table in tables),
             "seconds": sum(took for table in tables for took in list(table.seconds.values())),
             "warm-up": warmup,
@@ -112,6 +114,15 @@ def report_of(name: str, plan: Plan, tables: Sequence[ProgramCache], warmup: str
         seconds=seconds,
         settings=settings(platform_of(device)),
     )
+
+
+def _attention(plan: Plan) -> str:
+    """Returns who computes attention, and why where a compiled kernel might."""
+    platform = plan.devices[0].platform
+    problem = why_not_compiled(platform, len(plan.devices), plan.engine.dtype)
+    if problem is None:
+        return "a kernel compiled for this processor"
+    return f"plain XLA: {problem}" if platform == "cpu" else "plain XLA"
 
 
 def _text(value: Any) -> str:

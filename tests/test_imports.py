@@ -17,6 +17,7 @@ LEVELS = [
     # files; where both a folder and a file in it are named, the file's own place counts.
     ["errors", "logs", "interrupts", "hlo", "traffic", "thunks", "flops"],
     ["compile_cache"],
+    ["native"],
     ["keywords", "vllm_keywords", "config", "sampling_params", "pooling_params", "outputs"],
     ["prompts", "generation_defaults", "logit_rules", "text_stream", "truncation", "chat"],
     [

@@ -12,7 +12,9 @@ from jaxllm.pallas_kernels.attention.spec import (
     AttentionSpec,
     LayerCache,
     Tuning,
+    compiled_tuning_for,
     tuning_for,
+    why_not_compiled,
 )
 
 __all__ = [
@@ -23,5 +25,7 @@ __all__ = [
     "PagedAttend",
     "QueryBlocks",
     "Tuning",
+    "compiled_tuning_for",
     "tuning_for",
+    "why_not_compiled",
 ]

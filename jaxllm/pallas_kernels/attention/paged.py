@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxllm.pallas_kernels.attention import xla
+from jaxllm.pallas_kernels.attention import native, xla
 from jaxllm.pallas_kernels.attention.spec import AttentionSpec, LayerCache, Tuning
 
 
@@ -67,7 +67,9 @@ class PagedAttend:
         """Takes q [T, H, D], k and v [T, K, D], (K, V) pages -> [T, H, D], the pages written."""
         if cache is None:
             raise ValueError("PagedAttend needs a cache; use DenseAttend for a forward without.")
-        self.check_shapes(q, k, cache)
+        self.check_shapes(q, k, v, cache)
+        if self.tuning.target:
+            return native.attend(q, k, v, cache, self, spec)
         pages = tuple(
             xla.write(held, new, self.slot_mapping, order)
             for held, new, order in zip(cache, (k, v), self.tuning.orders, strict=True)
@@ -93,7 +95,9 @@ class PagedAttend:
             out = out.at[: self.decode_rows].set(jnp.where(is_decode[:, None, None], decoded, rest))
         return out
 
-    def check_shapes(self, q: jax.Array, k: jax.Array, cache: tuple[jax.Array, ...]) -> None:
+    def check_shapes(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, cache: tuple[jax.Array, ...]
+    ) -> None:
         """Raises ValueError where the operands do not belong together (trace time)."""
         num_tokens, num_heads, head_dim = q.shape
         num_kv_heads = k.shape[1]
@@ -103,6 +107,8 @@ class PagedAttend:
             raise ValueError(f"q {q.shape} and k {k.shape} do not fit: need [T, H, D], [T, K, D].")
         if (held["K"], held["D"]) != (num_kv_heads, head_dim):
             raise ValueError(f"cache {cache[0].shape} as {order} does not fit k {k.shape}.")
+        if not q.dtype == k.dtype == v.dtype:
+            raise ValueError(f"q, k and v are of {q.dtype}, {k.dtype} and {v.dtype}: need one.")
         if self.slot_mapping.shape != (num_tokens,):
             raise ValueError(f"slot_mapping {self.slot_mapping.shape} is not [T={num_tokens}].")
 

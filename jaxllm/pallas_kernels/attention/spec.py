@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxllm.native.build import target, unavailable
+
 LayerCache = tuple[jax.Array, ...] | None
 """What one layer keeps: (K pages, V pages); None in a cacheless forward."""
 
@@ -81,8 +83,13 @@ class Tuning:
     unrolled_groups: int = 0
     """Up to so many groups of rows are written out one by one; more are a loop."""
 
+    target: str = ""
+    """XLA's name of the compiled kernel that serves it, where there is one."""
+
     def __post_init__(self) -> None:
         """Checks what the fields say together."""
+        if self.target and not self.keys_at_once:
+            raise ValueError(f"{self.target} is for orders {', '.join(IN_PARTS)}.")
         orders = IN_PARTS if self.keys_at_once else AT_ONCE
         if self.orders != orders:
             raise ValueError(
@@ -146,8 +153,37 @@ TUNING = {
 
 
 def tuning_for(platform: str) -> Tuning:
-    """Returns how the op works on a platform of JAX (`cpu`, `gpu`, `cuda`)."""
+    """Returns how the op works on a platform of JAX (`cpu`, `gpu`, `cuda`), in plain XLA."""
     return TUNING["cpu" if platform == "cpu" else "gpu"]
+
+
+def compiled_tuning_for(platform: str, devices: int, dtype: DTypeLike) -> Tuning:
+    """Returns how the op works with a compiled kernel, where there is one.
+
+    Args:
+        platform: Of JAX.
+        devices: Over which heads or rows are split; a compiled kernel has all on one.
+        dtype: Of queries, keys and values.
+
+    Raises:
+        ConfigError, NativeBuildError: As `native.build.unavailable`.
+    """
+    tuning = tuning_for(platform)
+    if why_not_compiled(platform, devices, dtype):
+        return tuning
+    return replace(tuning, target=target("paged_attention", jnp.dtype(dtype).name))
+
+
+def why_not_compiled(platform: str, devices: int, dtype: DTypeLike) -> str | None:
+    """Returns why attention runs in plain XLA; None if a compiled kernel serves it.
+
+    Arguments and errors are those of `compiled_tuning_for`.
+    """
+    if platform != "cpu":
+        return "compiled kernels are for CPU"
+    if devices > 1:
+        return "its heads or rows are split over devices"
+    return unavailable(jnp.dtype(dtype).name)
 
 
 def capped(scores: jax.Array, softcap: float | None) -> jax.Array:

@@ -1,0 +1,195 @@
+"""Compiles a kernel for this processor, once, and gives XLA its name.
+
+The library lies under the cache root, named after all that it depends on: sources, flags,
+compiler, jaxlib's headers and the processor. A target is named after the sources, so that no
+compiled program of JAX's cache can call a kernel it was not made for.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jaxlib
+
+from jaxllm.compile_cache import cache_root
+from jaxllm.errors import ConfigError, NativeBuildError
+
+SWITCH = "JAXLLM_NATIVE"
+"""Environment variable: `0` for no compiled kernels, `1` for an error where there can be none."""
+
+COMPILERS = ("c++", "g++", "clang++")
+"""Looked for in this order, after the command in `CXX`; then ziglang, a compiler from PyPI."""
+
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-Wno-psabi")
+
+ELEMENTS = {"float32": "float", "bfloat16": "BFloat16", "float16": "Float16"}
+"""Types of JAX that kernels are compiled for, and what the sources call them."""
+
+SOURCES = Path(__file__).parent
+
+logger = logging.getLogger("jaxllm")
+
+
+def unavailable(dtype: str) -> str | None:
+    """Returns why kernels of a type are not compiled here; None if they are.
+
+    Raises:
+        ConfigError: `JAXLLM_NATIVE` is neither 0 nor 1.
+        NativeBuildError: `JAXLLM_NATIVE=1`, and they can't be compiled.
+    """
+    wanted = os.environ.get(SWITCH, "")
+    if wanted not in ("", "0", "1"):
+        raise ConfigError(
+            f"{SWITCH}={wanted} is neither 0 (no compiled kernels) nor 1 (an error where there "
+            "can be none). Unset it to use them where there is a compiler."
+        )
+    if wanted == "0":
+        return f"{SWITCH}=0"
+    problem = _problem(dtype)
+    if problem and wanted == "1":
+        raise NativeBuildError(f"{SWITCH}=1, but {problem} Unset it to run without.")
+    return problem
+
+
+@functools.cache
+def _problem(dtype: str) -> str | None:
+    """Builds all kernels of a type; returns what went wrong, a sentence."""
+    if dtype not in ELEMENTS:
+        return f"kernels are for {', '.join(ELEMENTS)}, and not for {dtype}."
+    try:
+        for source in SOURCES.glob("*.cc"):
+            target(source.stem, dtype)
+    except NativeBuildError as error:
+        logger.warning("no kernel is compiled for this processor, and XLA's is slower: %s", error)
+        return str(error)
+    return None
+
+
+@functools.cache
+def compiler() -> tuple[str, ...] | None:
+    """Returns the command of a C++ compiler; None if there is none that knows GCC's vectors."""
+    if sys.platform == "win32":
+        return None
+    if asked := os.environ.get("CXX"):
+        return tuple(asked.split())
+    for name in COMPILERS:
+        if found := shutil.which(name):
+            return (found,)
+    if importlib.util.find_spec("ziglang"):
+        return (sys.executable, "-m", "ziglang", "c++")
+    return None
+
+
+@functools.cache
+def target(kernel: str, dtype: str) -> str:
+    """Returns the name under which XLA finds a kernel, which is compiled if it has to be.
+
+    Args:
+        kernel: Its source's name and its symbol, such as `paged_attention`.
+        dtype: Of its operands.
+
+    Raises:
+        NativeBuildError: There is no compiler, or it failed.
+    """
+    path = _library(kernel, dtype)
+    name = f"jaxllm_{kernel}_{dtype}_{_digest(*_sources())[:12]}"
+    if name not in _registered:  # XLA takes a name once in a process
+        symbol = getattr(ctypes.CDLL(str(path)), kernel)
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(symbol), platform="cpu")
+        _registered.add(name)
+    return name
+
+
+_registered: set[str] = set()
+
+
+def _library(kernel: str, dtype: str) -> Path:
+    """Returns the shared library of a kernel, compiled if there is none yet."""
+    command = compiler()
+    if command is None:
+        raise NativeBuildError(
+            f"there is no C++ compiler: neither CXX nor {', '.join(COMPILERS)}. Install one, such "
+            "as with pip install 'jaxllm[cpu]'."
+        )
+    flags = [*FLAGS, f"-DJAXLLM_ELEMENT={ELEMENTS[dtype]}", f"-I{jax.ffi.include_dir()}"]
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        flags.append("-march=native")  # elsewhere, the least that there is has what is used
+    key = _digest(
+        *_sources(), *map(str.encode, (*flags, *command, _version(command), _processor()))
+    )
+    path = cache_root() / "native" / f"{kernel}-{dtype}-{key[:24]}.so"
+    if not path.exists():
+        _compile([*command, *flags, str(SOURCES / f"{kernel}.cc")], path)
+    return path
+
+
+def _compile(command: list[str], path: Path) -> None:
+    """Runs a compiler; what it makes appears whole or not at all."""
+    start = time.perf_counter()
+    logger.info("Compiling %s for this processor, which happens once", path.stem.split("-")[0])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            ran = subprocess.run(
+                [*command, "-o", str(made)], capture_output=True, text=True, check=False
+            )
+            if ran.returncode == 0:
+                made.replace(path)
+    except OSError as error:
+        raise NativeBuildError(f"{command[0]} could not make {path}: {error}.") from error
+    if ran.returncode:
+        last = "\n".join(ran.stderr.strip().splitlines()[-20:])
+        raise NativeBuildError(
+            f"{' '.join(command)} failed (exit status {ran.returncode}). Set CXX to another "
+            f"compiler, or {SWITCH}=0 to run without. It said:\n{last}"
+        )
+    logger.info("Compiled it in %.1f seconds", time.perf_counter() - start)
+
+
+@functools.cache
+def _sources() -> tuple[bytes, ...]:
+    """Returns what is in all source files: a kernel may include any of them."""
+    files = sorted([*SOURCES.glob("*.cc"), *SOURCES.glob("*.h")])
+    return tuple(file.read_bytes() for file in files)
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()
+
+
+def _version(command: tuple[str, ...]) -> str:
+    """Returns what identifies a compiler, and the headers of XLA that it reads."""
+    try:
+        ran = subprocess.run(
+            [*command, "--version"], capture_output=True, text=True, check=False, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeBuildError(
+            f"{' '.join(command)} is no C++ compiler that can be run ({error}). Set CXX to one, "
+            f"or {SWITCH}=0 to run without."
+        ) from error
+    return f"{ran.stdout} jaxlib {jaxlib.__version__}"
+
+
+def _processor() -> str:
+    """Returns what the processor can do, as `-march=native` depends on it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -1,0 +1,218 @@
+// Vectors of float32 as GCC and Clang write them for any processor, 16-bit floats among them,
+// and the one matrix product that attention needs.
+//
+// Everything here has internal linkage: it is compiled for the processor it runs on.
+
+#ifndef JAXLLM_NATIVE_VECTORS_H_
+#define JAXLLM_NATIVE_VECTORS_H_
+
+#include <cstdint>
+#include <cstring>
+
+namespace jaxllm {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kRows = 6, kVectors = 4;  // 24 of 32 registers are sums
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+constexpr int kRows = 6, kVectors = 2;  // 12 of 16
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16;
+constexpr int kRows = 6, kVectors = 4;  // 24 of 32
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kRows = 6, kVectors = 2;
+#endif
+constexpr int kLanes = kVectorBytes / 4;
+
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+
+// The bits of a number of each type that a cache may hold.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline Floats Splat(float x) { return x - Floats{}; }
+
+inline Floats Choose(Ints mask, Floats yes, Floats no) {
+  return reinterpret_cast<Floats>((mask & reinterpret_cast<Ints>(yes)) |
+                                  (~mask & reinterpret_cast<Ints>(no)));
+}
+
+inline Floats Larger(Floats x, Floats y) { return Choose(x > y, x, y); }
+
+// ------------------------------------------------------------------ numbers in memory
+
+inline Floats Load(const float* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline void Store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+
+inline Bits LoadBits(const void* from) {
+  Halves x;
+  std::memcpy(&x, from, sizeof x);
+  return __builtin_convertvector(x, Bits);
+}
+
+inline Floats Load(const BFloat16* from) {
+  return reinterpret_cast<Floats>(LoadBits(from) << 16);
+}
+
+inline Floats Load(const Float16* from) {
+  const Bits bits = LoadBits(from);
+  const Bits magnitude = (bits & 0x7fff) << 13, exponent = magnitude & 0x0f800000;
+  const Bits normal = magnitude + ((127 - 15) << 23);
+  const Bits huge = normal + ((127 - 15) << 23);  // infinity and NaN
+  // A subnormal is its fraction beside a one, minus that one: nothing here is flushed to zero.
+  const Bits one = Bits{} + 0x38800000;
+  const Bits small = reinterpret_cast<Bits>(reinterpret_cast<Floats>(magnitude + one) -
+                                            reinterpret_cast<Floats>(one));
+  const Floats finite = Choose(exponent == 0, reinterpret_cast<Floats>(small),
+                               reinterpret_cast<Floats>(normal));
+  const Floats x = Choose(exponent == 0x0f800000, reinterpret_cast<Floats>(huge), finite);
+  return reinterpret_cast<Floats>(reinterpret_cast<Bits>(x) | (bits & 0x8000) << 16);
+}
+
+template <class T>
+inline float LoadOne(const T* from) {
+  T padded[kLanes] = {*from};
+  return Load(padded)[0];
+}
+
+inline uint32_t BitsOf(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline void StoreOne(float* to, float x) { *to = x; }
+
+// Rounded to the nearest, to the even one of two.
+inline void StoreOne(BFloat16* to, float x) {
+  const uint32_t bits = BitsOf(x);
+  to->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline void StoreOne(Float16* to, float x) {
+  const uint32_t sign = BitsOf(x) >> 16 & 0x8000, bits = BitsOf(x) & 0x7fffffff;
+  uint32_t half;
+  if (bits > 0x7f800000) {
+    half = 0x7e00;
+  } else if (bits >= 0x477ff000) {  // half of the last step over 65504, or more
+    half = 0x7c00;
+  } else if (bits >= 0x38800000) {
+    half = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+  } else {  // subnormal: the addition rounds
+    float positive;
+    std::memcpy(&positive, &bits, sizeof positive);
+    half = BitsOf(positive + 0.5f) - BitsOf(0.5f);
+  }
+  to->bits = sign | half;
+}
+
+// ------------------------------------------------------------------ functions
+
+// e^x of x <= 0, relative error under 2e-7; 0 under -87. The polynomial is that of Cephes' expf.
+inline Floats Exp(Floats x) {
+  const Ints none = x < -87.0f;
+  const Floats safe = Choose(none, Splat(-87.0f), x);
+  const Floats magic = Splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats power = safe * 1.44269504088896341f + magic;
+  const Floats n = power - magic;
+  const Floats r = safe - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  const Bits scale = reinterpret_cast<Bits>(__builtin_convertvector(n, Ints) + 127) << 23;
+  return Choose(none, Floats{}, y * reinterpret_cast<Floats>(scale));
+}
+
+// tanh x. Near 0, the polynomial of Cephes' tanhf; else by way of e^(-2|x|).
+inline Floats Tanh(Floats x) {
+  const Floats size = Choose(x < 0.0f, -x, x);
+  const Floats e = Exp(size * -2.0f);
+  const Floats far = (1.0f - e) / (1.0f + e);
+  const Floats z = x * x;
+  Floats y = z * -5.70498872745e-3f + 2.06390887954e-2f;
+  y = y * z - 5.37397155531e-2f;
+  y = y * z + 1.33314422036e-1f;
+  y = y * z - 3.33332819422e-1f;
+  const Floats near = y * z * x + x;
+  return Choose(size < 0.625f, near, Choose(x < 0.0f, -far, far));
+}
+
+// ------------------------------------------------------------------ the product
+
+// c [kR, kV vectors] (+)= a [kR, depth] b [depth, kV vectors].
+template <class T, int kR, int kV>
+inline void Tile(const float* a, long a_row, const T* b, long b_row, float* c, long c_row,
+                 long depth, bool add) {
+  Floats sums[kR][kV];
+  for (int r = 0; r < kR; ++r)
+    for (int v = 0; v < kV; ++v)
+      sums[r][v] = add ? Load(c + r * c_row + v * kLanes) : Floats{};
+  for (long k = 0; k < depth; ++k) {
+    Floats right[kV];
+    for (int v = 0; v < kV; ++v) right[v] = Load(b + k * b_row + v * kLanes);
+    for (int r = 0; r < kR; ++r) {
+      const float left = a[r * a_row + k];
+      for (int v = 0; v < kV; ++v) sums[r][v] += left * right[v];
+    }
+  }
+  for (int r = 0; r < kR; ++r)
+    for (int v = 0; v < kV; ++v) Store(c + r * c_row + v * kLanes, sums[r][v]);
+}
+
+template <class T, int kV>
+inline void Rest(const float* a, long a_row, const T* b, long b_row, float* c, long c_row,
+                 long rows, long depth, bool add) {
+  switch (rows) {
+    case 5: return Tile<T, 5, kV>(a, a_row, b, b_row, c, c_row, depth, add);
+    case 4: return Tile<T, 4, kV>(a, a_row, b, b_row, c, c_row, depth, add);
+    case 3: return Tile<T, 3, kV>(a, a_row, b, b_row, c, c_row, depth, add);
+    case 2: return Tile<T, 2, kV>(a, a_row, b, b_row, c, c_row, depth, add);
+    case 1: return Tile<T, 1, kV>(a, a_row, b, b_row, c, c_row, depth, add);
+  }
+}
+
+template <class T, int kV>
+inline void Rows(const float* a, long a_row, const T* b, long b_row, float* c, long c_row,
+                 long rows, long depth, bool add) {
+  long r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    Tile<T, kRows, kV>(a + r * a_row, a_row, b, b_row, c + r * c_row, c_row, depth, add);
+  if constexpr (kV == 1)  // rare: not worth the time to compile more of them
+    for (; r < rows; ++r)
+      Tile<T, 1, 1>(a + r * a_row, a_row, b, b_row, c + r * c_row, c_row, depth, add);
+  else
+    Rest<T, kV>(a + r * a_row, a_row, b, b_row, c + r * c_row, c_row, rows - r, depth, add);
+} 
+// c [rows, columns] (+)= a [rows, depth] b [depth, columns]; columns are whole vectors.
+template <class T>
+__attribute__((noinline)) void Multiply(const float* a, long a_row, const T* b, long b_row, float* c, long c_row,
+                     long rows, long depth, long columns, bool add) {
+  long n = 0;
+  for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes)
+    Rows<T, kVectors>(a, a_row, b + n, b_row, c + n, c_row, rows, depth, add);
+  for (; n < columns; n += kLanes)
+    Rows<T, 1>(a, a_row, b + n, b_row, c + n, c_row, rows, depth, add);
+}
+
+}  // namespace
+}  // namespace jaxllm
+
+#endif  // JAXLLM_NATIVE_VECTORS_H_
