@@ -1,0 +1,121 @@
+"""Kernels are compiled once, and what goes wrong is said."""
+
+import logging
+
+import pytest
+
+from jaxllm.errors import ConfigError, NativeBuildError
+from jaxllm.native import build
+from jaxllm.pallas_kernels.attention import compiled_tuning_for, tuning_for, why_not_compiled
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache root, and nothing remembered of compilers and kernels."""
+    kept = (build._problem, build.target, build.compiler)
+    monkeypatch.setenv("JAXLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.delenv(build.SWITCH, raising=False)
+    for function in kept:
+        function.cache_clear()
+    yield tmp_path / "native"
+    monkeypatch.undo()
+    for function in kept:
+        function.cache_clear()
+
+
+def test_a_kernel_is_compiled_once(fresh, caplog):
+    caplog.set_level(logging.INFO, "jaxllm")
+    name = build.target("paged_attention", "float32")
+    (library,) = fresh.iterdir()
+    made = library.stat().st_mtime_ns
+    build.target.cache_clear()
+
+    assert build.target("paged_attention", "float32") == name
+    assert name.startswith("jaxllm_paged_attention_float32_")
+    assert library.stat().st_mtime_ns == made
+    assert caplog.text.count("Compiling paged_attention for this processor") == 1
+
+
+def test_a_library_is_of_its_sources_flags_and_processor(fresh, monkeypatch):
+    build.target("paged_attention", "float32")
+    for change in ({"_processor": lambda: "another"}, {"FLAGS": (*build.FLAGS, "-DANOTHER")}):
+        for name, value in change.items():
+            monkeypatch.setattr(build, name, value)
+        build.target.cache_clear()
+        build.target("paged_attention", "float32")
+
+    assert len(list(fresh.iterdir())) == 3
+
+
+def test_without_a_compiler_attention_is_plain_xla(fresh, monkeypatch, caplog):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build, "COMPILERS", ())
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+
+    assert compiled_tuning_for("cpu", 1, "float32") == tuning_for("cpu")
+    assert compiled_tuning_for("cpu", 1, "float32") == tuning_for("cpu")
+    assert "no C++ compiler" in why_not_compiled("cpu", 1, "float32")
+    assert caplog.text.count("pip install 'jaxllm[cpu]'") == 1
+
+
+def test_ziglang_is_the_compiler_where_the_system_has_none(fresh, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build, "COMPILERS", ())
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: name)
+
+    assert build.compiler()[1:] == ("-m", "ziglang", "c++")
+
+
+def test_a_compiler_that_fails_is_quoted(fresh, monkeypatch, caplog, tmp_path):
+    script = tmp_path / "cxx"
+    script.write_text("#!/bin/sh\necho 'line 7: no such vector' >&2\nexit 3\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+
+    assert compiled_tuning_for("cpu", 1, "float32") == tuning_for("cpu")
+    assert "exit status 3" in caplog.text
+    assert "line 7: no such vector" in caplog.text
+    assert "Set CXX to another compiler, or JAXLLM_NATIVE=0" in caplog.text
+    assert not list(fresh.iterdir())
+
+
+def test_where_it_is_asked_for_a_missing_kernel_is_an_error(fresh, monkeypatch):
+    monkeypatch.setenv(build.SWITCH, "1")
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+
+    with pytest.raises(NativeBuildError, match=r"JAXLLM_NATIVE=1, but /nowhere/c\+\+ is no"):
+        compiled_tuning_for("cpu", 1, "float32")
+
+
+def test_a_cache_root_that_cannot_be_written_is_said(fresh, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JAXLLM_CACHE_ROOT", str(tmp_path / "file"))
+    monkeypatch.setenv(build.SWITCH, "1")
+
+    with pytest.raises(NativeBuildError, match="could not make"):
+        compiled_tuning_for("cpu", 1, "float32")
+
+
+def test_it_can_be_switched_off(fresh, monkeypatch):
+    monkeypatch.setenv(build.SWITCH, "0")
+
+    assert compiled_tuning_for("cpu", 1, "float32") == tuning_for("cpu")
+    assert why_not_compiled("cpu", 1, "float32") == "JAXLLM_NATIVE=0"
+    assert not fresh.exists()
+
+
+def test_another_word_for_the_switch_is_refused(fresh, monkeypatch):
+    monkeypatch.setenv(build.SWITCH, "yes")
+
+    with pytest.raises(ConfigError, match="JAXLLM_NATIVE=yes is neither 0"):
+        compiled_tuning_for("cpu", 1, "float32")
+
+
+@pytest.mark.parametrize(("platform", "devices"), [("cuda", 1), ("cpu", 2)])
+def test_it_is_for_one_cpu_device(platform, devices):
+    assert compiled_tuning_for(platform, devices, "float32") == tuning_for(platform)
+    assert why_not_compiled(platform, devices, "float32")
+
+
+def test_other_types_have_no_kernel(fresh):
+    assert "not for float64" in build.unavailable("float64")
