@@ -22,6 +22,7 @@ namespace ffi = xla::ffi;
 
 constexpr long kPart = 64;       // keys at once: a multiple of kLanes
 constexpr long kUnitRows = 96;   // rows of queries that a unit aims at
+constexpr long kWritten = 16;    // rows of one token whose keys are written by one call
 constexpr float kMasked = -1e30f;
 
 using Element = JAXLLM_ELEMENT;  // what queries, keys and values are: the compiler's command says
@@ -106,6 +107,11 @@ inline void Widen(const E* from, float* to, long count) {
   long i = 0;
   for (; i + kLanes <= count; i += kLanes) Store(to + i, Load(from + i));
   for (; i < count; ++i) to[i] = LoadOne(from + i);
+}
+
+template <class E>
+inline void Clear(E* numbers, long count) {
+  std::memset(static_cast<void*>(numbers), 0, count * sizeof(E));
 }
 
 // Whether a product reads 16-bit numbers as they are: with few rows, or none would be read again.
@@ -234,38 +240,40 @@ void Attend(const Step<E>& s, const Unit& u) {
 
 template <class E>
 void Run(ffi::ThreadPool& pool, const Step<E>& s) {
-  // One row, one KV head. It writes what it reads: no other row has its last page.
-  ParallelFor(pool, s.decodes * s.K, [&](long i) {
-    const long row = i / s.K, head = i % s.K;
-    if (s.kv_lens[row] == 0) {
-      std::memset(static_cast<void*>(s.out + (row * s.H + head * s.G) * s.D), 0, s.G * s.D * sizeof(E));
-      return;
-    }
-    Write(s, head, row, row + 1);
-    Attend(s, Unit{row, head, row, 1, s.kv_lens[row] - 1});
-  });
-  // The chunks: all keys first, since later blocks of a row read those of earlier ones.
   const auto tokens_of = [&](long block) {
     const long left = s.kv_lens[s.block_rows[block]] - s.positions[s.block_starts[block]];
     return std::min(s.block_q, left);
   };
-  ParallelFor(pool, s.blocks * s.K, [&](long i) {
-    const long block = i / s.K, start = s.block_starts[block];
-    Write(s, i % s.K, start, start + tokens_of(block));
+  // All keys first: a row may read pages of its prefix that another row writes in this step.
+  const long groups = (s.decodes + kWritten - 1) / kWritten;
+  ParallelFor(pool, (groups + s.blocks) * s.K, [&](long i) {
+    const long head = i % s.K, group = i / s.K, block = group - groups;
+    if (block >= 0) {
+      const long start = s.block_starts[block];
+      return Write(s, head, start, start + tokens_of(block));
+    }
+    for (long row = group * kWritten; row < std::min((group + 1) * kWritten, s.decodes); ++row)
+      if (s.kv_lens[row] > 0) Write(s, head, row, row + 1);
   });
   const long size = std::max(1L, kUnitRows / s.G), pieces = (s.block_q + size - 1) / size;
-  ParallelFor(pool, s.blocks * pieces * s.K, [&](long i) {
-    const long head = i % s.K, piece = i / s.K % pieces;
-    const long block = s.blocks - 1 - i / s.K / pieces;  // the last of a row has most keys
+  const long chunked = s.blocks * pieces * s.K;
+  ParallelFor(pool, chunked + s.decodes * s.K, [&](long i) {
+    const long head = i % s.K;
+    if (i >= chunked) {
+      const long row = s.decodes - 1 - (i - chunked) / s.K;  // the last have most keys
+      if (s.kv_lens[row] > 0) return Attend(s, Unit{row, head, row, 1, s.kv_lens[row] - 1});
+      return Clear(s.out + (row * s.H + head * s.G) * s.D, s.G * s.D);
+    }
+    const long piece = i / s.K % pieces, block = s.blocks - 1 - i / s.K / pieces;
     const long begin = piece * size, end = std::min(begin + size, tokens_of(block));
     if (begin >= end) return;
     const long start = s.block_starts[block] + begin;
     Attend(s, Unit{s.block_rows[block], head, start, end - begin, s.positions[start]});
   });
   // What comes after is padding; NaN there would be one of the step.
-  const long covered = s.blocks ? s.block_starts[s.blocks - 1] + tokens_of(s.blocks - 1) : s.decodes;
-  std::memset(static_cast<void*>(s.out + covered * s.H * s.D), 0,
-              (s.T - covered) * s.H * s.D * sizeof(E));
+  const long covered =
+      s.blocks ? s.block_starts[s.blocks - 1] + tokens_of(s.blocks - 1) : s.decodes;
+  Clear(s.out + covered * s.H * s.D, (s.T - covered) * s.H * s.D);
 }
 
 Element* Data(ffi::AnyBuffer buffer) { return static_cast<Element*>(buffer.untyped_data()); }

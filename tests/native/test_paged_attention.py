@@ -172,6 +172,24 @@ def test_writes_the_tokens_of_the_step_and_nothing_else(sizes, dtype):
         np.testing.assert_array_equal(held, np.asarray(stored(wanted)))
 
 
+@pytest.mark.parametrize("reader", [0, 1])
+def test_a_row_sees_keys_that_another_writes_in_the_same_step(reader):
+    """Prefixes are shared as soon as they are planned: by a row of one token, and by a chunk."""
+    spec = AttentionSpec(scale=0.3)
+    step = [[(64, 1), (0, 64)], [(63, 1), (64, 3)]][reader]
+    case = make_case(SIZES["as a page lies"], spec, np.dtype(np.float32), step)
+    table = np.array(case.attend.page_table)
+    writer = 1 - reader
+    table[reader, 0] = table[writer, 0]  # whose last key is of this step
+    case.attend = dataclasses.replace(case.attend, page_table=jnp.asarray(table))
+
+    shared, _ = run(case, spec)
+    case.caches = case.written
+    written_before, _ = run(case, spec)
+
+    np.testing.assert_array_equal(shared, written_before)
+
+
 def test_rows_that_have_ended_give_zeros():
     spec = AttentionSpec(scale=0.3)
     case = make_case(SIZES["as a page lies"], spec, np.dtype(np.float32), STEP[:4], True)
