@@ -35,6 +35,9 @@ STARTS = {
     "reduce-scatter-start": lambda count: slice(count // 2, None),
 }
 
+# Which results of a library's call are written over which of its operands.
+OVERWRITES = re.compile(r"\{(\d*)\}: \((\d+), \{\}")
+
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 WIDTH = re.compile(r"\d+")
 
@@ -98,6 +101,13 @@ class Instruction:
         """How often a `while` runs its body; None where the compiler does not know."""
         found = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.attributes)
         return int(found[1]) if found else None
+
+    @property
+    def overwrites(self) -> dict[int, int]:
+        """Of a custom call: the numbers of results, and of the operands they are written over."""
+        _, _, text = self.attributes.partition("output_to_operand_aliasing={")
+        pairs = OVERWRITES.findall(text.partition(", api_version")[0].partition(", metadata")[0])
+        return {int(part or 0): int(number) for part, number in pairs}
 
     def called(self) -> list[str]:
         """Returns the names of the computations it mentions."""
@@ -219,6 +229,9 @@ class Module:
 
     def updated_operand(self, instruction: Instruction, part: int = 0) -> str | None:
         """Returns the operand that one of its results overwrites in place, or None."""
+        if instruction.opcode == "custom-call":
+            number = instruction.overwrites.get(part)
+            return None if number is None else instruction.operands[number]
         results = self.results(instruction)
         if part >= len(results) or results[part][1].opcode not in IN_PLACE:
             return None

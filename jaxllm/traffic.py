@@ -14,6 +14,7 @@ Caches of the device are not modelled: what two instructions read counts twice. 
 a kernel that reads an operand tile by tile more than once.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +41,10 @@ WHOLE = frozenset(
         "sort",
     }
 )
+
+# Kernels of ours that touch parts of an operand: its number, that of what is written into it, and
+# that of the table of the pages that are read, which are its second axis.
+PAGED = {"jaxllm_paged_attention": {3: (1, 6), 4: (2, 6)}}
 
 # Opcodes that cost no memory traffic of their own.
 FREE = frozenset(
@@ -103,6 +108,11 @@ def _reads(
     for number, name in enumerate(instruction.operands):
         if name not in known:
             continue
+        if number in (touched := _paged(instruction)):
+            pages, table = (known[instruction.operands[i]] for i in (number, touched[number][1]))
+            page = pages.arrays[0].num_bytes // pages.arrays[0].shape[1]
+            yield _argument(module, where, name, 0), page * table.arrays[0].size
+            continue
         for part, array in enumerate(known[name].arrays):
             needed = _needed(module, instruction, number, array.size, name in updated)
             yield _argument(module, where, name, part), array.bytes_of(needed)
@@ -129,15 +139,28 @@ def _writes(
         if updated is not None:
             fused = instruction.opcode in FUSIONS
             inside = module.body(instruction) if fused else module.computations[where]
-            update = inside[_update(maker)]
-            yield _argument(module, where, updated, 0), update.arrays[0].num_bytes
+            update = _update(maker, part)
+            written = array if update is None else inside[update].arrays[0]
+            yield _argument(module, where, updated, 0), written.num_bytes
         elif not (instruction.opcode == "custom-call" and scratch.has(where, instruction, part)):
             yield None, array.num_bytes
 
 
-def _update(maker: Instruction) -> str:
-    """Returns the operand with the new values: of a slice update the second, else the last."""
+def _update(maker: Instruction, part: int) -> str | None:
+    """Returns the operand with the new values of a result; None where all of it is new."""
+    if maker.opcode == "custom-call":
+        touched = _paged(maker).get(maker.overwrites[part])
+        return None if touched is None else maker.operands[touched[0]]
     return maker.operands[1 if maker.opcode == "dynamic-update-slice" else -1]
+
+
+def _paged(instruction: Instruction) -> dict[int, tuple[int, int]]:
+    """Returns the entry of `PAGED` of an instruction; nothing if it has none."""
+    if instruction.opcode != "custom-call":
+        return {}
+    name = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
+    found = (paged for prefix, paged in PAGED.items() if name and name[1].startswith(prefix))
+    return next(found, {})
 
 
 def _argument(module: Module, where: str, name: str, part: int) -> str | None:

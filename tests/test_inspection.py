@@ -84,9 +84,22 @@ def test_its_text_is_a_table_without_the_program(decode):
     assert all(len(line) < 140 for line in text.splitlines())
 
 
-def test_loops_of_unknown_length_are_said_to_count_once(mixed):
-    # On CPU a loop over query blocks ends with the last one in use.
+def test_loops_of_unknown_length_are_said_to_count_once(folder, monkeypatch):
+    # In plain XLA on CPU a loop over query blocks ends with the last one in use.
+    monkeypatch.setenv("JAXLLM_NATIVE", "0")
+    mixed = inspect(folder, "mixed", tokens=16, batch=2, context=64)
+
     assert "of unknown length (counted once)" in mixed.rows["loops"]
+
+
+def test_plain_xla_and_the_compiled_kernel_move_the_same_cache(folder, decode, monkeypatch):
+    monkeypatch.setenv("JAXLLM_NATIVE", "0")
+    plain = inspect(folder, "decode", batch=8, steps=8, context=64)
+
+    assert decode.cache_read == decode.ideal.cache_read
+    assert decode.cache_written == plain.cache_written
+    assert plain.alias_bytes == decode.alias_bytes == decode.state_bytes
+    assert decode.kernels_per_layer < plain.kernels_per_layer
 
 
 def test_a_notebook_shows_the_same_escaped(decode):

@@ -16,9 +16,27 @@ def dtype(request):
 
 
 @pytest.fixture(scope="module", params=STEPS)
-def text(request, checkpoints, dtype):
-    what = request.param
-    return inspect(checkpoints("llama"), what, context=64, dtype=dtype, **STEPS[what]).hlo
+def what(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def text(what, checkpoints, dtype):
+    """With attention in plain XLA, as where there is no C++ compiler."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("JAXLLM_NATIVE", "0")
+        return inspect(checkpoints("llama"), what, context=64, dtype=dtype, **STEPS[what]).hlo
+
+
+def test_compiled_attention_is_one_call_a_layer_and_copies_nothing(what, checkpoints, dtype):
+    found = inspect(checkpoints("llama"), what, context=64, dtype=dtype, **STEPS[what])
+
+    calls = re.findall(r'custom_call_target="jaxllm_paged_attention_', found.hlo)
+    assert len(calls) == found.num_layers == 2
+    assert found.alias_bytes == found.state_bytes
+    assert found.copies == ()
+    if dtype == "bfloat16":  # into attention and out of it, the model's own type
+        assert set(re.findall(r"= \((\w+)\[[^)]*\) custom-call", found.hlo)) == {"bf16"}
 
 
 def test_rotations_are_worked_out_once_and_not_in_each_layer(text):
