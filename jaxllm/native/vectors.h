@@ -65,9 +65,7 @@ inline Bits LoadBits(const void* from) {
   return __builtin_convertvector(x, Bits);
 }
 
-inline Floats Load(const BFloat16* from) {
-  return reinterpret_cast<Floats>(LoadBits(from) << 16);
-}
+inline Floats Load(const BFloat16* from) { return reinterpret_cast<Floats>(LoadBits(from) << 16); }
 
 inline Floats Load(const Float16* from) {
   const Bits bits = LoadBits(from);
@@ -78,8 +76,8 @@ inline Floats Load(const Float16* from) {
   const Bits one = Bits{} + 0x38800000;
   const Bits small = reinterpret_cast<Bits>(reinterpret_cast<Floats>(magnitude + one) -
                                             reinterpret_cast<Floats>(one));
-  const Floats finite = Choose(exponent == 0, reinterpret_cast<Floats>(small),
-                               reinterpret_cast<Floats>(normal));
+  const Floats finite =
+      Choose(exponent == 0, reinterpret_cast<Floats>(small), reinterpret_cast<Floats>(normal));
   const Floats x = Choose(exponent == 0x0f800000, reinterpret_cast<Floats>(huge), finite);
   return reinterpret_cast<Floats>(reinterpret_cast<Bits>(x) | (bits & 0x8000) << 16);
 }
@@ -102,6 +100,15 @@ inline void StoreOne(float* to, float x) { *to = x; }
 inline void StoreOne(BFloat16* to, float x) {
   const uint32_t bits = BitsOf(x);
   to->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline void Store(BFloat16* to, Floats x) {
+  const Bits bits = reinterpret_cast<Bits>(x);
+  const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Ints is_nan = x != x;
+  const Bits mask = reinterpret_cast<Bits>(is_nan);
+  const Halves halves = __builtin_convertvector((mask & 0x7fc0) | (~mask & rounded), Halves);
+  std::memcpy(to, &halves, sizeof halves);
 }
 
 inline void StoreOne(Float16* to, float x) {
@@ -155,6 +162,41 @@ inline Floats Tanh(Floats x) {
   return Choose(size < 0.625f, near, Choose(x < 0.0f, -far, far));
 }
 
+#if defined(__GNUC__) && !defined(__clang__)
+template <int kHalf>
+inline Floats Moved(Floats x) {  // lane i takes that of i + kHalf
+  Ints from;
+  for (int lane = 0; lane < kLanes; ++lane) from[lane] = (lane + kHalf) % kLanes;
+  return __builtin_shuffle(x, from);
+}
+#else
+template <int kHalf>
+inline Floats Moved(Floats x) {
+  float lanes[2 * kLanes];
+  Store(lanes, x);
+  Store(lanes + kLanes, x);
+  return Load(lanes + kHalf);
+}
+#endif
+
+// Folds halves onto each other, as often as it takes to one number.
+template <class Fold, int kHalf = kLanes / 2>
+inline float Folded(Floats x, Fold fold) {
+  x = fold(x, Moved<kHalf>(x));
+  if constexpr (kHalf > 1)
+    return Folded<Fold, kHalf / 2>(x, fold);
+  else
+    return x[0];
+}
+
+inline float Largest(Floats x) {
+  return Folded(x, [](Floats a, Floats b) { return Larger(a, b); });
+}
+
+inline float Sum(Floats x) {
+  return Folded(x, [](Floats a, Floats b) { return a + b; });
+}
+
 // ------------------------------------------------------------------ the product
 
 // c [kR, kV vectors] (+)= a [kR, depth] b [depth, kV vectors].
@@ -163,8 +205,7 @@ inline void Tile(const float* a, long a_row, const T* b, long b_row, float* c, l
                  long depth, bool add) {
   Floats sums[kR][kV];
   for (int r = 0; r < kR; ++r)
-    for (int v = 0; v < kV; ++v)
-      sums[r][v] = add ? Load(c + r * c_row + v * kLanes) : Floats{};
+    for (int v = 0; v < kV; ++v) sums[r][v] = add ? Load(c + r * c_row + v * kLanes) : Floats{};
   for (long k = 0; k < depth; ++k) {
     Floats right[kV];
     for (int v = 0; v < kV; ++v) right[v] = Load(b + k * b_row + v * kLanes);
@@ -181,11 +222,16 @@ template <class T, int kV>
 inline void Rest(const float* a, long a_row, const T* b, long b_row, float* c, long c_row,
                  long rows, long depth, bool add) {
   switch (rows) {
-    case 5: return Tile<T, 5, kV>(a, a_row, b, b_row, c, c_row, depth, add);
-    case 4: return Tile<T, 4, kV>(a, a_row, b, b_row, c, c_row, depth, add);
-    case 3: return Tile<T, 3, kV>(a, a_row, b, b_row, c, c_row, depth, add);
-    case 2: return Tile<T, 2, kV>(a, a_row, b, b_row, c, c_row, depth, add);
-    case 1: return Tile<T, 1, kV>(a, a_row, b, b_row, c, c_row, depth, add);
+    case 5:
+      return Tile<T, 5, kV>(a, a_row, b, b_row, c, c_row, depth, add);
+    case 4:
+      return Tile<T, 4, kV>(a, a_row, b, b_row, c, c_row, depth, add);
+    case 3:
+      return Tile<T, 3, kV>(a, a_row, b, b_row, c, c_row, depth, add);
+    case 2:
+      return Tile<T, 2, kV>(a, a_row, b, b_row, c, c_row, depth, add);
+    case 1:
+      return Tile<T, 1, kV>(a, a_row, b, b_row, c, c_row, depth, add);
   }
 }
 
@@ -200,11 +246,12 @@ inline void Rows(const float* a, long a_row, const T* b, long b_row, float* c, l
       Tile<T, 1, 1>(a + r * a_row, a_row, b, b_row, c + r * c_row, c_row, depth, add);
   else
     Rest<T, kV>(a + r * a_row, a_row, b, b_row, c + r * c_row, c_row, rows - r, depth, add);
-} 
+}
 // c [rows, columns] (+)= a [rows, depth] b [depth, columns]; columns are whole vectors.
 template <class T>
-__attribute__((noinline)) void Multiply(const float* a, long a_row, const T* b, long b_row, float* c, long c_row,
-                     long rows, long depth, long columns, bool add) {
+__attribute__((noinline)) void Multiply(const float* a, long a_row, const T* b, long b_row,
+                                        float* c, long c_row, long rows, long depth, long columns,
+                                        bool add) {
   long n = 0;
   for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes)
     Rows<T, kVectors>(a, a_row, b + n, b_row, c + n, c_row, rows, depth, add);

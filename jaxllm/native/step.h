@@ -1,0 +1,76 @@
+// What one call of paged attention is given, and how it writes keys and values.
+//
+// Letters: T tokens, H query heads, K KV heads, G = H / K, D head size, S slots of a page,
+// P pages, B rows, M pages of a row, Q query blocks.
+
+#ifndef JAXLLM_NATIVE_STEP_H_
+#define JAXLLM_NATIVE_STEP_H_
+
+#include <cstdint>
+#include <cstring>
+
+namespace jaxllm {
+namespace {
+
+template <class E>
+struct Step {
+  const E *q, *k, *v;                                    // [T, H, D], [T, K, D] twice
+  E *key_pages, *value_pages;                            // [K, P, D, S], [K, P, S, D]
+  E* out;                                                // [T, H, D]
+  const int32_t *slots, *table, *kv_lens;                // [T], [B, M], [B]
+  const int32_t *block_rows, *block_starts, *positions;  // [Q], [Q], [T]
+  long T, H, K, G, D, S, P, M;
+  long decodes, blocks, block_q;
+  float scale, softcap;  // no cap: 0
+  long window;           // none: 0
+
+  E* Keys(long head, long page) const { return key_pages + (head * P + page) * D * S; }
+  E* Values(long head, long page) const { return value_pages + (head * P + page) * S * D; }
+
+  // The page of a row that has a position.
+  int32_t Page(long row, long position) const { return table[row * M + position / S]; }
+
+  long TokensOf(long block) const {
+    const long left = kv_lens[block_rows[block]] - positions[block_starts[block]];
+    return left < block_q ? left : block_q;
+  }
+};
+
+// Some tokens of a row, and the queries of one KV head: rows of a matrix, a token's G together.
+struct Unit {
+  long row, head, token, tokens, position;  // of the first token, in its sequence
+
+  template <class E>
+  long Offset(const Step<E>& s, long r) const {  // of a query, in q and in out
+    return ((token + r / s.G) * s.H + head * s.G + r % s.G) * s.D;
+  }
+};
+
+template <class E>
+inline void Clear(E* numbers, long count) {
+  std::memset(static_cast<void*>(numbers), 0, count * sizeof(E));
+}
+
+// Puts keys and values of tokens [begin, end) of one head into their slots.
+template <class E>
+void Write(const Step<E>& s, long head, long begin, long end) {
+  for (long first = begin; first < end;) {
+    const long page = s.slots[first] / s.S, offset = s.slots[first] % s.S;
+    long last = first + 1;  // tokens of one page, side by side
+    while (last < end && s.slots[last] == s.slots[last - 1] + 1 && s.slots[last] / s.S == page)
+      ++last;
+    E* keys = s.Keys(head, page) + offset;
+    for (long d = 0; d < s.D; ++d)
+      for (long t = first; t < last; ++t)
+        keys[d * s.S + (t - first)] = s.k[(t * s.K + head) * s.D + d];
+    E* values = s.Values(head, page) + offset * s.D;
+    for (long t = first; t < last; ++t)
+      std::memcpy(values + (t - first) * s.D, s.v + (t * s.K + head) * s.D, s.D * sizeof(E));
+    first = last;
+  }
+}
+
+}  // namespace
+}  // namespace jaxllm
+
+#endif  // JAXLLM_NATIVE_STEP_H_
