@@ -28,10 +28,10 @@ using Element = JAXLLM_ELEMENT;  // what queries, keys and values are: the compi
 // Asks for a part before it is read. Pages lie anywhere in memory: from one of them the processor
 // can't tell the next, and would wait for the first bytes of each row.
 template <class E>
-void Prefetch(const Step<E>& s, const Unit& u, long part, long n) {
+void Prefetch(const Step<E>& s, const Unit& u, long part) {
   if (s.S % kPart) return;
   constexpr long kLine = 64 / sizeof(E);
-  const long page = s.Page(u.row, part), offset = part % s.S;
+  const long page = s.Page(u.row, part), offset = part % s.S, n = std::min(kPart, u.End() - part);
   const E* keys = s.Keys(u.head, page) + offset;
   for (long d = 0; d < s.D; ++d)
     for (long i = 0; i < n; i += kLine) __builtin_prefetch(keys + d * s.S + i, 0, 2);
@@ -106,16 +106,18 @@ void Softmax(const Step<E>& s, const Unit& u, const Sums& sums, long rows, long 
 
 // ------------------------------------------------------------------ a unit
 
+// Attends of a unit, and asks for what `next` begins with, if there is one.
 template <class Products, class E>
-void Attend(const Step<E>& s, const Unit& u, long rows, Scratch& scratch) {
+void Attend(const Step<E>& s, const Unit& u, const Unit* next, long rows, Scratch& scratch) {
   const long padded = RoundUp(s.D);
   Products products(s, u, rows, scratch);
   const Sums sums(scratch, RoundUp(rows, kWholeRows), padded);
-  const long last = u.position + u.tokens;  // one past the last key that is seen
-  const long first = s.window ? std::max(0L, u.position + 1 - s.window) : 0;
-  for (long part = first / kPart * kPart; part < last; part += kPart) {
-    const long n = std::min(kPart, last - part), columns = RoundUp(n);
-    Prefetch(s, u, part, n);
+  for (long part = u.FirstPart(s.window); part < u.End(); part += kPart) {
+    const long n = std::min(kPart, u.End() - part), columns = RoundUp(n);
+    if (part + kPart < u.End())
+      Prefetch(s, u, part + kPart);
+    else if (next)
+      Prefetch(s, *next, next->FirstPart(s.window));
     products.Score(sums.scores, part, n, columns);
     Softmax(s, u, sums, rows, padded, part, n, columns);
     products.Gather(sums.scores, sums.out, part, n, columns);
@@ -129,14 +131,27 @@ void Attend(const Step<E>& s, const Unit& u, long rows, Scratch& scratch) {
 }
 
 template <class E>
-void Attend(const Step<E>& s, const Unit& u) {
+void Attend(const Step<E>& s, const Unit& u, const Unit* next = nullptr) {
   static thread_local Scratch scratch;
   const long rows = u.tokens * s.G;
 #ifdef JAXLLM_TILES
   if constexpr (std::is_same_v<E, BFloat16>)
-    if (InTiles::Serves(s, rows)) return Attend<InTiles>(s, u, rows, scratch);
+    if (InTiles::Serves(s, rows)) return Attend<InTiles>(s, u, next, rows, scratch);
 #endif
-  Attend<InFloat32<E>>(s, u, rows, scratch);
+  Attend<InFloat32<E>>(s, u, next, rows, scratch);
+}
+
+// Heads [begin, end) of a row with one token.
+template <class E>
+void AttendHeads(const Step<E>& s, long row, long begin, long end) {
+  if (s.kv_lens[row] == 0)
+    return Clear(s.out + (row * s.H + begin * s.G) * s.D, (end - begin) * s.G * s.D);
+  Unit u{row, begin, row, 1, s.kv_lens[row] - 1};
+  Prefetch(s, u, u.FirstPart(s.window));
+  for (; u.head < end; ++u.head) {
+    Unit next = u;
+    Attend(s, u, ++next.head < end ? &next : nullptr);
+  }
 }
 
 // ------------------------------------------------------------------ a step
@@ -151,19 +166,24 @@ void Run(ffi::ThreadPool& pool, const Step<E>& s) {
       const long start = s.block_starts[block];
       return Write(s, head, start, start + s.TokensOf(block));
     }
-    for (long row = group * kWritten; row < std::min((group + 1) * kWritten, s.decodes); ++row)
+    const long last = std::min((group + 1) * kWritten, s.decodes);
+    for (long row = group * kWritten; row < last; ++row) {
+      if (row + 1 < last) PrefetchSlot(s, head, row + 1);
       if (s.kv_lens[row] > 0) Write(s, head, row, row + 1);
+    }
   });
   const long size = std::max(1L, kUnitRows / s.G), pieces = (s.block_q + size - 1) / size;
   const long chunked = s.blocks * pieces * s.K;
-  ParallelFor(pool, chunked + s.decodes * s.K, [&](long i) {
-    const long head = i % s.K;
+  // With rows enough for all threads, one has all heads of a row, and asks for the next ahead.
+  const long heads = s.decodes >= 4 * pool.num_threads() ? s.K : 1, parts = s.K / heads;
+  ParallelFor(pool, chunked + s.decodes * parts, [&](long i) {
     if (i >= chunked) {
-      const long row = s.decodes - 1 - (i - chunked) / s.K;  // the last have most keys
-      if (s.kv_lens[row] > 0) return Attend(s, Unit{row, head, row, 1, s.kv_lens[row] - 1});
-      return Clear(s.out + (row * s.H + head * s.G) * s.D, s.G * s.D);
+      const long row = s.decodes - 1 - (i - chunked) / parts;  // the last have most keys
+      const long head = (i - chunked) % parts * heads;
+      return AttendHeads(s, row, head, head + heads);
     }
-    const long piece = i / s.K % pieces, block = s.blocks - 1 - i / s.K / pieces;
+    const long head = i % s.K, piece = i / s.K % pieces;
+    const long block = s.blocks - 1 - i / s.K / pieces;  // the last of a row have most keys
     const long begin = piece * size, end = std::min(begin + size, s.TokensOf(block));
     if (begin >= end) return;
     const long start = s.block_starts[block] + begin;

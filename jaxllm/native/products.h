@@ -17,8 +17,6 @@
 namespace jaxllm {
 namespace {
 
-constexpr long kPart = 64;  // keys at once: a multiple of kLanes and of a tile's depth
-
 constexpr long RoundUp(long count, long to = kLanes) { return (count + to - 1) / to * to; }
 
 // What a thread keeps between units, so that it is allocated once.

@@ -12,6 +12,8 @@
 namespace jaxllm {
 namespace {
 
+constexpr long kPart = 64;  // keys at once: a multiple of kLanes and of a tile's depth
+
 template <class E>
 struct Step {
   const E *q, *k, *v;                                    // [T, H, D], [T, K, D] twice
@@ -40,6 +42,13 @@ struct Step {
 struct Unit {
   long row, head, token, tokens, position;  // of the first token, in its sequence
 
+  long End() const { return position + tokens; }  // one past the last key that is seen
+
+  long FirstPart(long window) const {
+    const long first = window && position + 1 > window ? position + 1 - window : 0;
+    return first / kPart * kPart;
+  }
+
   template <class E>
   long Offset(const Step<E>& s, long r) const {  // of a query, in q and in out
     return ((token + r / s.G) * s.H + head * s.G + r % s.G) * s.D;
@@ -49,6 +58,13 @@ struct Unit {
 template <class E>
 inline void Clear(E* numbers, long count) {
   std::memset(static_cast<void*>(numbers), 0, count * sizeof(E));
+}
+
+// Asks for where the key of a token goes: a line of memory for each number, all far from the core.
+template <class E>
+void PrefetchSlot(const Step<E>& s, long head, long token) {
+  const E* keys = s.Keys(head, s.slots[token] / s.S) + s.slots[token] % s.S;
+  for (long d = 0; d < s.D; ++d) __builtin_prefetch(keys + d * s.S, 1, 2);
 }
 
 // Puts keys and values of tokens [begin, end) of one head into their slots.
