@@ -236,9 +236,8 @@ class LLM(metaclass=ExplainsKeywords):
         self._results = Results(self._tokenizer)
         self._enqueued: list[Request] = []
         self._warned_length = False
-        builder = ProgramBuilder(plan.model, plan.engine, sharder, plan.memory.num_pages)
-        _ = builder.tuning  # what goes wrong with its kernel, goes wrong before weights are read
         params = load_params(plan, seed=int(seed or 0) & 0x7FFFFFFF, show_progress=use_tqdm_on_load)
+        builder = ProgramBuilder(plan.model, plan.engine, sharder, plan.memory.num_pages)
         self._engine = as_one(make_engines(builder, params, others))
         release_freed_memory()  # of loading
         self._compile_ahead(show_progress=use_tqdm_on_load)

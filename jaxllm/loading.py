@@ -39,7 +39,7 @@ from jaxllm.modeling.abstract import AbstractModel, abstract_model, init_params
 from jaxllm.modeling.config import ModelConfig, with_length
 from jaxllm.modeling.fitting import fit, unfit
 from jaxllm.modeling.manifest import Manifest, read_manifest
-from jaxllm.pallas_kernels.attention.spec import TUNING
+from jaxllm.pallas_kernels.attention.spec import TUNING, why_not_compiled
 from jaxllm.peers import peers_of
 from jaxllm.sampling_params import as_integer
 from jaxllm.sharding.apply import Sharder
@@ -176,6 +176,7 @@ def plan_load(
         CheckpointError: The folder is no checkpoint, or does not fit its config.
         UnsupportedModelError: The architecture is not implemented.
         ConfigError: A wish cannot be had, with this model or on this machine.
+        NativeBuildError: `JAXLLM_NATIVE=1`, and attention's kernel cannot be compiled.
     """
     hf = registry.read_hf_config(folder, overrides)
     architecture, family = registry.family_of(hf)
@@ -197,6 +198,8 @@ def plan_load(
     stored = np.dtype(weights.DTYPES[checkpoint.dtype()]).name if checkpoint else stated_dtype(hf)
     config, engine = resolve(wishes, config, hf, stored, device)
     dtype = engine.dtype
+    # Compiles the kernel: no request shall wait for it, and no weight be read if it must be there.
+    why_not_compiled(device.platform, sharder.mesh.size, dtype)
     model = abstract_model(config, family.build, dtype, sharder)
     sources = weights.match(model, checkpoint, family.WEIGHTS, ignored) if checkpoint else []
     if manifest:

@@ -17,10 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 
 import jax
-import jaxlib
 
 from jaxllm.compile_cache import cache_root
 from jaxllm.errors import ConfigError, NativeBuildError
@@ -183,7 +183,7 @@ def _version(command: tuple[str, ...]) -> str:
             f"{' '.join(command)} is no C++ compiler that can be run ({error}). Set CXX to one, "
             f"or {SWITCH}=0 to run without."
         ) from error
-    return f"{ran.stdout} jaxlib {jaxlib.__version__}"
+    return f"{ran.stdout} jaxlib {metadata.version('jaxlib')}"
 
 
 def _processor() -> str:
