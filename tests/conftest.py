@@ -29,9 +29,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 import pytest
 
 from jaxllm import compile_cache
+from jaxllm.logs import configure
 from tests.tiny import tiny_checkpoint
 
 compile_cache.enable()
+configure()  # or the first test of a process that makes an LLM would have no `caplog`
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from jaxllm import LLM, SamplingParams, logs, set_verbosity
+from jaxllm.native import build
 
 SMALL = {
     "skip_tokenizer_init": True,
@@ -16,7 +17,8 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def logger(monkeypatch):
-    """The library's logger as a process begins with it."""
+    """The library's logger as a process begins with it, on a machine that has had one before."""
+    build.unavailable("float32")
     logger = logging.getLogger("jaxllm")
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "propagate", True)
