@@ -3,9 +3,10 @@
     JAX_PLATFORMS=cpu python benchmarks/profile_cpu.py [--shape smollm2-135m] [--dtype float32]
 
 64 prompts of 32..256 random ids (those of `beside_peers.py`), random weights; some steps in which
-all are decoded are traced, none launched ahead. An operation that ran several times a step is in
-a loop, and those are attention's; the others' products are those with the weights. Times are
-what the threads that ran them took; a loop's own line is left out, as it holds others.
+all are decoded are traced, none launched ahead. `ffi_call` is attention's compiled kernel; with
+`JAXLLM_NATIVE=0`, operations that ran several times a step are in attention's loops. The other
+products are those with the weights. Times are what the threads that ran them took, of a call that
+of its caller; a loop's own line is left out, as it holds others.
 Then the memory of this process (Linux), and how long each program took to compile.
 """
 

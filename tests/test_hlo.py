@@ -88,3 +88,21 @@ def test_a_fusion_of_several_results_says_what_makes_each(module):
 )
 def test_bytes_follow_the_type(dtype, num_bytes):
     assert Array(dtype, (3, 4)).num_bytes == num_bytes
+
+
+def test_a_library_s_call_may_write_over_its_operands():
+    module = Module("""HloModule jit_g
+
+ENTRY %main (x: f32[4], cache: f32[8]) -> (f32[4], f32[8]) {
+  %x = f32[4]{0} parameter(0)
+  %cache = f32[8]{0} parameter(1), metadata={op_name="cache"}
+  ROOT %call = (f32[4]{0}, f32[8]{0}) custom-call(%x, %cache), custom_call_target="mine", \
+output_to_operand_aliasing={{1}: (1, {})}, api_version=API_VERSION_TYPED_FFI, metadata={op_name="f"}
+}
+""")
+    call = module.computations["main"]["call"]
+
+    assert call.overwrites == {1: 1}
+    assert [module.updated_operand(call, part) for part in (0, 1)] == [None, "cache"]
+    assert module.origin("main", "call", 1).source == "cache"
+    assert module.origin("main", "call", 0) is None

@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def compiler() -> tuple[str, ...] | None:
     if sys.platform == "win32":
         return None
     if asked := os.environ.get("CXX"):
-        return tuple(asked.split())
+        return tuple(shlex.split(asked))
     for name in COMPILERS:
         if found := shutil.which(name):
             return (found,)
@@ -105,7 +106,13 @@ def target(kernel: str, dtype: str) -> str:
     path = _library(kernel, dtype)
     name = f"jaxllm_{kernel}_{dtype}_{_digest(*_sources())[:12]}"
     if name not in _registered:  # XLA takes a name once in a process
-        symbol = getattr(ctypes.CDLL(str(path)), kernel)
+        try:
+            symbol = getattr(ctypes.CDLL(str(path)), kernel)
+        except (OSError, AttributeError) as error:
+            raise NativeBuildError(
+                f"{path} could not be loaded: {error}. Delete it, or set JAXLLM_CACHE_ROOT to a "
+                f"folder from which programs may be run, or {SWITCH}=0 to run without."
+            ) from error
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(symbol), platform="cpu")
         _registered.add(name)
     return name

@@ -96,6 +96,25 @@ def test_a_cache_root_that_cannot_be_written_is_said(fresh, monkeypatch, tmp_pat
         compiled_tuning_for("cpu", 1, "float32")
 
 
+def test_a_library_that_cannot_be_loaded_is_said(fresh, monkeypatch):
+    build.target("paged_attention", "float32")
+    (library,) = fresh.iterdir()
+    library.unlink()  # not over the old one, which this process has loaded
+    library.write_bytes(b"half of one")
+    monkeypatch.setattr(build, "_registered", set())
+    monkeypatch.setenv(build.SWITCH, "1")
+    build.target.cache_clear()
+
+    with pytest.raises(NativeBuildError, match=r"could not be loaded: .* Delete it, or set"):
+        compiled_tuning_for("cpu", 1, "float32")
+
+
+def test_the_compiler_may_have_arguments_and_spaces(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "'/opt/my tools/c++' -v")
+
+    assert build.compiler() == ("/opt/my tools/c++", "-v")
+
+
 def test_it_can_be_switched_off(fresh, monkeypatch):
     monkeypatch.setenv(build.SWITCH, "0")
 
