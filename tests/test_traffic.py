@@ -208,9 +208,9 @@ table: s32[2,3]) -> (f32[2,3,4], f32[1,9,4,8], f32[1,9,8,4]) {
   %values = f32[1,9,8,4]{3,2,1,0} parameter(3), metadata={op_name="values"}
   %i = s32[2]{0} parameter(4), metadata={op_name="i"}
   %table = s32[2,3]{1,0} parameter(5), metadata={op_name="table"}
-  ROOT %call = (f32[2,3,4], f32[1,9,4,8], f32[1,9,8,4]) custom-call(%q, %new, %new, %keys, %values, \
-/*index=5*/%i, %table), custom_call_target="TARGET", output_to_operand_aliasing={{1}: (3, {}), \
-{2}: (4, {})}, api_version=API_VERSION_TYPED_FFI
+  ROOT %call = (f32[2,3,4], f32[1,9,4,8], f32[1,9,8,4]) custom-call(%q, %new, %new, %keys, \
+%values, /*index=5*/%i, %table), custom_call_target="TARGET", \
+output_to_operand_aliasing={{1}: (3, {}), {2}: (4, {})}, api_version=API_VERSION_TYPED_FFI
 }
 """
 
