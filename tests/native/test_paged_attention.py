@@ -9,13 +9,9 @@ import numpy as np
 import pytest
 
 from jaxllm.native import build
-from jaxllm.pallas_kernels.attention import (
-    AttentionSpec,
-    PagedAttend,
-    QueryBlocks,
-    compiled_tuning_for,
-)
-from jaxllm.pallas_kernels.attention.reference import attend_sequence
+from jaxllm.pallas_kernels.attention import AttentionSpec, PagedAttend, compiled_tuning_for
+from tests import attention
+from tests.attention import Sizes
 
 BLOCK_Q = 64
 
@@ -24,17 +20,17 @@ BLOCK_Q = 64
 STEP = [(0, 1), (63, 1), (64, 1), (200, 1), (0, 130), (70, 64), (127, 3), (5, 66)]
 
 SIZES = {
-    "as a page lies": (3, 3, 64, 64),
-    "two parts in a page": (2, 1, 64, 128),
-    "pages shorter than a part": (2, 4, 64, 16),
-    "pages of one": (1, 2, 32, 1),
-    "head of 80": (2, 2, 80, 64),
-    "head of 20": (1, 5, 20, 64),
-    "head of 7, small pages": (2, 7, 7, 8),
-    "head of 256, many queries": (1, 16, 256, 64),
-    "more queries than a unit": (1, 100, 8, 64),
+    "as a page lies": Sizes(3, 3, 64, 64),
+    "two parts in a page": Sizes(2, 1, 64, 128),
+    "pages shorter than a part": Sizes(2, 4, 64, 16),
+    "pages of one": Sizes(1, 2, 32, 1),
+    "head of 80": Sizes(2, 2, 80, 64),
+    "head of 20": Sizes(1, 5, 20, 64),
+    "head of 7, small pages": Sizes(2, 7, 7, 8),
+    "head of 256, many queries": Sizes(1, 16, 256, 64),
+    "more queries than a unit": Sizes(1, 100, 8, 64),
 }
-"""KV heads, query heads of each, head size, slots of a page."""
+AS_IT_LIES = SIZES["as a page lies"]
 
 SPECS = {
     "plain": {},
@@ -45,87 +41,17 @@ SPECS = {
 }
 
 
-@dataclasses.dataclass
-class Case:
-    attend: PagedAttend
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    caches: tuple
-    written: tuple
-    expected: np.ndarray
-    terms: np.ndarray
-    """What the expected numbers are sums of, each term without its sign."""
-
-
-def make_case(sizes, spec, dtype, step=STEP, decode_only=False, seed=0):
-    num_kv_heads, group, head_dim, page_size = sizes
-    rng = np.random.default_rng(seed)
-    num_rows, num_tokens = 8, sum(new for _, new in step)
-    padded = num_tokens + 9
-    width = max(-(-(before + new) // page_size) for before, new in step) + 1
-    num_pages = sum(-(-(before + new) // page_size) for before, new in step) + 3
-
-    def draw(*shape):
-        return rng.normal(size=shape).astype(dtype)
-
-    q = draw(padded, num_kv_heads * group, head_dim)
-    k, v = draw(padded, num_kv_heads, head_dim), draw(padded, num_kv_heads, head_dim)
-    q[num_tokens:], k[num_tokens:], v[num_tokens:] = np.nan, np.nan, np.nan
-    pages = [
-        np.full((num_pages, page_size, num_kv_heads, head_dim), np.nan, dtype) for _ in range(2)
-    ]
-    after = [page.copy() for page in pages]
-    table = np.zeros((num_rows, width), np.int32)
-    lens, slots = np.zeros(num_rows, np.int32), np.zeros(padded, np.int32)
-    positions = np.zeros(padded, np.int32)
-    expected, terms = np.zeros(q.shape), np.zeros(q.shape)
-    free, blocks, at = list(rng.permutation(np.arange(1, num_pages))), [], 0
-    for row, (before, new) in enumerate(step):
-        total = before + new
-        mine, own = slice(at, at + new), [free.pop() for _ in range(-(-total // page_size))]
-        table[row, : len(own)], lens[row] = own, total
-        where = np.array([own[p // page_size] * page_size + p % page_size for p in range(total)])
-        old = [draw(before, num_kv_heads, head_dim) for _ in range(2)]
-        for held, later, kept, added in zip(pages, after, old, (k, v), strict=True):
-            held.reshape(-1, num_kv_heads, head_dim)[where[:before]] = kept
-            later.reshape(-1, num_kv_heads, head_dim)[where] = np.concatenate([kept, added[mine]])
-        slots[mine], positions[mine] = where[before:], np.arange(before, total)
-        keys, values = (
-            np.concatenate([kept, added[mine]]).astype(np.float64)
-            for kept, added in zip(old, (k, v), strict=True)
-        )
-        queries = q[mine].astype(np.float64)
-        expected[mine] = attend_sequence(queries, keys, values, spec)
-        terms[mine] = attend_sequence(queries, keys, np.abs(values), spec)
-        if new > 1:
-            blocks += [(row, start) for start in range(at, at + new, BLOCK_Q)]
-        at += new
-    unused = [(0, padded)] * 2
-    block_rows, starts = np.array(blocks + unused, np.int32).T
-    attend = PagedAttend(
-        slot_mapping=jnp.asarray(slots),
-        page_table=jnp.asarray(table),
-        kv_lens=jnp.asarray(lens),
-        num_decodes=jnp.int32(sum(new == 1 for _, new in step)),
-        blocks=None
-        if decode_only
-        else QueryBlocks(
-            jnp.asarray(block_rows),
-            jnp.asarray(starts),
-            jnp.asarray(positions),
-            jnp.int32(len(blocks)),
-        ),
-        tuning=compiled_tuning_for("cpu", 1, dtype),
-        decode_rows=num_rows,
-        block_q=BLOCK_Q,
+def make_case(sizes, spec, dtype=np.float32, step=STEP):
+    """Padding is NaN too: what the kernel reads of it would show."""
+    num_tokens = sum(new for _, new in step)
+    tuning = compiled_tuning_for("cpu", 1, dtype)
+    width = max(-(-(before + new) // sizes.page_size) for before, new in step) + 1
+    case = attention.make_case(
+        step, spec, tuning, sizes, dtype, block_q=BLOCK_Q, padded=num_tokens + 9, width=width
     )
-    orders = ((2, 0, 3, 1), (2, 0, 1, 3))  # KPDS, KPSD
-    caches, written = (
-        tuple(x.transpose(order) for x, order in zip(xs, orders, strict=True))
-        for xs in (pages, after)
-    )
-    return Case(attend, q, k, v, caches, written, expected, terms)
+    for array in (case.q, case.k, case.v):
+        array[num_tokens:] = np.nan
+    return case
 
 
 def stored(array):
@@ -143,8 +69,8 @@ def run(case, spec):
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_equals_the_reference(sizes, name):
-    spec = AttentionSpec(scale=SIZES[sizes][2] ** -0.5, **SPECS[name])
-    case = make_case(SIZES[sizes], spec, np.dtype(np.float32))
+    spec = AttentionSpec(scale=SIZES[sizes].head_dim ** -0.5, **SPECS[name])
+    case = make_case(SIZES[sizes], spec)
 
     out, _ = run(case, spec)
 
@@ -155,11 +81,27 @@ def test_equals_the_reference(sizes, name):
 @pytest.mark.parametrize("sizes", SIZES)
 def test_16_bit_operands_are_rounded_once(sizes, dtype):
     """Results are; and where bfloat16 has tiles, so are the probabilities."""
-    spec = AttentionSpec(scale=SIZES[sizes][2] ** -0.5)
-    case = make_case(SIZES[sizes], spec, np.dtype(dtype))
+    spec = AttentionSpec(scale=SIZES[sizes].head_dim ** -0.5)
+    case = make_case(SIZES[sizes], spec, dtype)
 
     out, _ = run(case, spec)
 
+    assert_rounded_once(out, case, dtype)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("sizes", ["as a page lies", "two parts in a page", "head of 80"])
+def test_every_option_in_bfloat16(sizes, name):
+    """Where the processor has tiles, these are of them."""
+    spec = AttentionSpec(scale=SIZES[sizes].head_dim ** -0.5, **SPECS[name])
+    case = make_case(SIZES[sizes], spec, ml_dtypes.bfloat16)
+
+    out, _ = run(case, spec)
+
+    assert_rounded_once(out, case, ml_dtypes.bfloat16)
+
+
+def assert_rounded_once(out, case, dtype):
     half_a_step = float(ml_dtypes.finfo(dtype).eps) / 2
     rounded = np.abs(case.expected) + (case.terms if dtype is ml_dtypes.bfloat16 else 0)
     error = np.abs(out.astype(np.float64) - case.expected)
@@ -169,8 +111,8 @@ def test_16_bit_operands_are_rounded_once(sizes, dtype):
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_writes_the_tokens_of_the_step_and_nothing_else(sizes, dtype):
-    spec = AttentionSpec(scale=SIZES[sizes][2] ** -0.5)
-    case = make_case(SIZES[sizes], spec, np.dtype(dtype))
+    spec = AttentionSpec(scale=SIZES[sizes].head_dim ** -0.5)
+    case = make_case(SIZES[sizes], spec, dtype)
 
     _, written = run(case, spec)
 
@@ -183,7 +125,7 @@ def test_a_row_sees_keys_that_another_writes_in_the_same_step(reader):
     """Prefixes are shared as soon as they are planned: by a row of one token, and by a chunk."""
     spec = AttentionSpec(scale=0.3)
     step = [[(64, 1), (0, 64)], [(63, 1), (64, 3)]][reader]
-    case = make_case(SIZES["as a page lies"], spec, np.dtype(np.float32), step)
+    case = make_case(AS_IT_LIES, spec, step=step)
     table = np.array(case.attend.page_table)
     writer = 1 - reader
     table[reader, 0] = table[writer, 0]  # whose last key is of this step
@@ -198,9 +140,9 @@ def test_a_row_sees_keys_that_another_writes_in_the_same_step(reader):
 
 def test_rows_that_have_ended_give_zeros():
     spec = AttentionSpec(scale=0.3)
-    case = make_case(SIZES["as a page lies"], spec, np.dtype(np.float32), STEP[:4], True)
+    case = make_case(AS_IT_LIES, spec, step=STEP[:4])
     lens = case.attend.kv_lens.at[1].set(0)
-    case.attend = dataclasses.replace(case.attend, kv_lens=lens)
+    case.attend = dataclasses.replace(case.attend, kv_lens=lens, blocks=None)
     case.expected[1] = 0
 
     out, written = run(case, spec)
@@ -212,7 +154,7 @@ def test_rows_that_have_ended_give_zeros():
 
 def test_nan_of_the_model_stays_nan():
     spec = AttentionSpec(scale=0.3)
-    case = make_case(SIZES["as a page lies"], spec, np.dtype(np.float32))
+    case = make_case(AS_IT_LIES, spec)
     case.q[5, 1, 3] = np.nan
     case.v[1, 0, 7] = np.nan
 
@@ -255,7 +197,7 @@ def test_every_16_bit_number_is_read_and_written_as_it_is(dtype):
 
 def test_the_cache_is_written_in_place_where_it_is_donated():
     spec = AttentionSpec(scale=0.3)
-    case = make_case(SIZES["as a page lies"], spec, np.dtype(np.float32))
+    case = make_case(AS_IT_LIES, spec)
     arrays = [jnp.asarray(x) for x in (case.q, case.k, case.v)]
     caches = tuple(map(stored, case.caches))
     places = [cache.unsafe_buffer_pointer() for cache in caches]
@@ -268,7 +210,7 @@ def test_the_cache_is_written_in_place_where_it_is_donated():
 
 def test_operands_of_different_types_are_refused():
     spec = AttentionSpec(scale=0.3)
-    case = make_case(SIZES["as a page lies"], spec, np.dtype(np.float32))
+    case = make_case(AS_IT_LIES, spec)
     case.q = case.q.astype(ml_dtypes.bfloat16)
 
     with pytest.raises(ValueError, match="need one"):

@@ -7,18 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.pallas_kernels.attention import (
-    AttentionSpec,
-    DenseAttend,
-    PagedAttend,
-    QueryBlocks,
-    Tuning,
-)
+from jaxllm.pallas_kernels.attention import AttentionSpec, DenseAttend, Tuning
 from jaxllm.pallas_kernels.attention.reference import attend_sequence
 from jaxllm.pallas_kernels.attention.spec import AT_ONCE, IN_PARTS, TUNING
+from tests import attention
+from tests.attention import Sizes
 
 PAGE_SIZE = 4
-NUM_PAGES = 40
 BLOCK_Q = 4
 NUM_KV_HEADS, HEAD_DIM = 2, 8
 
@@ -68,77 +63,9 @@ TUNINGS = {
 }
 
 
-@dataclasses.dataclass
-class Case:
-    """A step in the op's own terms, and the answer."""
-
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    caches: tuple
-    attend: PagedAttend
-    expected: np.ndarray
-    num_tokens: int
-
-
-def lay_out(pages, order):
-    """[P, S, K, D] in another order of axes."""
-    return pages.transpose(["PSKD".index(axis) for axis in order])
-
-
-def make_case(rows, spec, tuning, group=3, seed=0):
-    rng = np.random.default_rng(seed)
-    num_rows = 8
-    num_tokens = sum(n for _, n in rows)
-    padded = 32
-    shapes = {"q": NUM_KV_HEADS * group, "k": NUM_KV_HEADS, "v": NUM_KV_HEADS}
-    q, k, v = (rng.normal(size=(padded, h, HEAD_DIM)) for h in shapes.values())
-    # Whatever no row has written is NaN: the trash page, free pages, the tails of pages.
-    k_pages, v_pages = (
-        np.full((NUM_PAGES, PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM), np.nan) for _ in range(2)
-    )
-    table = np.zeros((num_rows, 8), np.int32)
-    lens, slots = np.zeros(num_rows, np.int32), np.zeros(padded, np.int32)
-    positions = np.zeros(padded, np.int32)
-    expected = np.zeros_like(q)
-    blocks, free, at = [], list(rng.permutation(np.arange(1, NUM_PAGES))), 0
-    num_decodes = sum(n == 1 for _, n in rows)
-    for row, (before, new) in enumerate(rows):
-        total = before + new
-        pages = [free.pop() for _ in range(-(-total // PAGE_SIZE))]
-        table[row, : len(pages)] = pages
-        lens[row] = total
-        where = [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(total)]
-        old_k, old_v = rng.normal(size=(2, before, NUM_KV_HEADS, HEAD_DIM))
-        k_pages.reshape(-1, NUM_KV_HEADS, HEAD_DIM)[where[:before]] = old_k
-        v_pages.reshape(-1, NUM_KV_HEADS, HEAD_DIM)[where[:before]] = old_v
-        mine = slice(at, at + new)
-        slots[mine], positions[mine] = where[before:], np.arange(before, total)
-        expected[mine] = attend_sequence(
-            q[mine], np.concatenate([old_k, k[mine]]), np.concatenate([old_v, v[mine]]), spec
-        )
-        if new > 1:
-            blocks += [(row, start) for start in range(at, at + new, BLOCK_Q)]
-        at += new
-    unused = [(0, padded)] * 3
-    block_rows, starts = np.array(blocks + unused, np.int32).T
-    attend = PagedAttend(
-        slot_mapping=jnp.asarray(slots),
-        page_table=jnp.asarray(table),
-        kv_lens=jnp.asarray(lens),
-        num_decodes=jnp.int32(num_decodes),
-        blocks=QueryBlocks(
-            jnp.asarray(block_rows),
-            jnp.asarray(starts),
-            jnp.asarray(positions),
-            jnp.int32(len(blocks)),
-        ),
-        tuning=tuning,
-        decode_rows=num_rows,
-        block_q=BLOCK_Q,
-    )
-    caches = tuple(map(lay_out, (k_pages, v_pages), tuning.orders))
-    return Case(q, k, v, caches, attend, expected, num_tokens)
+def make_case(rows, spec, tuning, group=3):
+    sizes = Sizes(NUM_KV_HEADS, group, HEAD_DIM, PAGE_SIZE)
+    return attention.make_case(rows, spec, tuning, sizes, block_q=BLOCK_Q, padded=32, width=8)
 
 
 def attend_with(case, spec, dtype=jnp.float32):
@@ -206,8 +133,9 @@ def test_padding_writes_to_the_trash_page_only(tuning):
 
     for held, pages, order in zip(case.caches, written, TUNING[tuning].orders, strict=True):
         back = [order.index(axis) for axis in "PSKD"]
-        before = held.transpose(back).reshape(NUM_PAGES * PAGE_SIZE, -1)
-        after = np.asarray(pages).transpose(back).reshape(NUM_PAGES * PAGE_SIZE, -1)
+        num_slots = held.shape[order.index("P")] * PAGE_SIZE
+        before = held.transpose(back).reshape(num_slots, -1)
+        after = np.asarray(pages).transpose(back).reshape(num_slots, -1)
         changed = np.flatnonzero(
             (after != before.astype(np.float32)).any(1) & ~np.isnan(after).any(1)
         )
