@@ -35,8 +35,9 @@ STARTS = {
     "reduce-scatter-start": lambda count: slice(count // 2, None),
 }
 
-# Which results of a library's call are written over which of its operands.
-OVERWRITES = re.compile(r"\{(\d*)\}: \((\d+), \{\}")
+# Which results of a library's call are written over which of its operands, and one of them.
+OVERWRITE = r"\{(\d*)\}: \((\d+), \{\}(?:, [\w-]+)?\)"
+OVERWRITES = re.compile(rf"output_to_operand_aliasing=\{{((?:{OVERWRITE}(?:, )?)+)\}}")
 
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 WIDTH = re.compile(r"\d+")
@@ -105,8 +106,8 @@ class Instruction:
     @property
     def overwrites(self) -> dict[int, int]:
         """Of a custom call: the numbers of results, and of the operands they are written over."""
-        _, _, text = self.attributes.partition("output_to_operand_aliasing={")
-        pairs = OVERWRITES.findall(text.partition(", api_version")[0].partition(", metadata")[0])
+        found = OVERWRITES.search(self.attributes)
+        pairs = re.findall(OVERWRITE, found[1]) if found else ()
         return {int(part or 0): int(number) for part, number in pairs}
 
     def called(self) -> list[str]:

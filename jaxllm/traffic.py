@@ -105,10 +105,11 @@ def _reads(
 ) -> Iterator[tuple[str | None, int]]:
     known = module.computations[where]
     updated = {module.updated_operand(instruction, i) for i in range(len(instruction.arrays))}
+    touched = _paged(instruction)
     for number, name in enumerate(instruction.operands):
         if name not in known:
             continue
-        if number in (touched := _paged(instruction)):
+        if number in touched:
             pages, table = (known[instruction.operands[i]] for i in (number, touched[number][1]))
             page = pages.arrays[0].num_bytes // pages.arrays[0].shape[1]
             yield _argument(module, where, name, 0), page * table.arrays[0].size
