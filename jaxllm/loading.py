@@ -39,7 +39,7 @@ from jaxllm.modeling.abstract import AbstractModel, abstract_model, init_params
 from jaxllm.modeling.config import ModelConfig, with_length
 from jaxllm.modeling.fitting import fit, unfit
 from jaxllm.modeling.manifest import Manifest, read_manifest
-from jaxllm.pallas_kernels.attention.spec import TUNING, why_not_compiled
+from jaxllm.pallas_kernels.attention.spec import TUNING, compiled_tuning_for
 from jaxllm.peers import peers_of
 from jaxllm.sampling_params import as_integer
 from jaxllm.sharding.apply import Sharder
@@ -164,6 +164,8 @@ def plan_load(
 ) -> Plan:
     """Reads configs and headers, and decides everything; allocates nothing.
 
+    Where attention has a kernel to compile for this processor, it is compiled at the end.
+
     Args:
         folder: Of the checkpoint.
         wishes: What the caller asked for.
@@ -198,8 +200,6 @@ def plan_load(
     stored = np.dtype(weights.DTYPES[checkpoint.dtype()]).name if checkpoint else stated_dtype(hf)
     config, engine = resolve(wishes, config, hf, stored, device)
     dtype = engine.dtype
-    # Compiles the kernel: no request shall wait for it, and no weight be read if it must be there.
-    why_not_compiled(device.platform, sharder.mesh.size, dtype)
     model = abstract_model(config, family.build, dtype, sharder)
     sources = weights.match(model, checkpoint, family.WEIGHTS, ignored) if checkpoint else []
     if manifest:
@@ -212,6 +212,8 @@ def plan_load(
         model = abstract_model(config, family.build, dtype, sharder)
     if wishes.dtype != "auto" and checkpoint and dtype != stored:
         logger.info("Casting %s to %s", stored, dtype)
+    # Compiles attention's kernel, last of all: no request shall wait for it, and no refusal.
+    compiled_tuning_for(device.platform, sharder.mesh.size, dtype)
     return Plan(
         folder,
         architecture,
