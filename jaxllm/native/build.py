@@ -27,7 +27,8 @@ from jaxllm.compile_cache import cache_root
 from jaxllm.errors import ConfigError, NativeBuildError
 
 SWITCH = "JAXLLM_NATIVE"
-"""Environment variable: `0` for no compiled kernels, `1` for an error where there can be none."""
+"""Environment variable: `0` for no compiled kernels, `1` for an error where one that would serve
+cannot be compiled."""
 
 COMPILERS = ("c++", "g++", "clang++")
 """Looked for in this order, after the command in `CXX`; then ziglang, a compiler from PyPI."""
@@ -52,8 +53,8 @@ def unavailable(dtype: str) -> str | None:
     wanted = os.environ.get(SWITCH, "")
     if wanted not in ("", "0", "1"):
         raise ConfigError(
-            f"{SWITCH}={wanted} is neither 0 (no compiled kernels) nor 1 (an error where there "
-            "can be none). Unset it to use them where there is a compiler."
+            f"{SWITCH}={wanted} is neither 0 (no compiled kernels) nor 1 (an error where one "
+            "cannot be compiled). Unset it to use them where there is a compiler."
         )
     if wanted == "0":
         return f"{SWITCH}=0"
@@ -66,6 +67,8 @@ def unavailable(dtype: str) -> str | None:
 @functools.cache
 def _problem(dtype: str) -> str | None:
     """Builds all kernels of a type; returns what went wrong, a sentence."""
+    if sys.platform == "win32":
+        return "kernels are for Linux and macOS, and not for Windows."
     if dtype not in ELEMENTS:
         return f"kernels are for {', '.join(ELEMENTS)}, and not for {dtype}."
     try:
@@ -79,9 +82,7 @@ def _problem(dtype: str) -> str | None:
 
 @functools.cache
 def compiler() -> tuple[str, ...] | None:
-    """Returns the command of a C++ compiler; None if there is none that knows GCC's vectors."""
-    if sys.platform == "win32":
-        return None
+    """Returns the command of a C++ compiler; None if there is none."""
     if asked := os.environ.get("CXX"):
         return tuple(shlex.split(asked))
     for name in COMPILERS:

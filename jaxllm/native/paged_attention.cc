@@ -18,9 +18,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr long kUnitRows = 96;   // rows of queries that a unit aims at
-constexpr long kWritten = 16;    // rows of one token whose keys are written by one call
-constexpr long kWholeRows = 16;  // what a tile writes
+constexpr long kUnitRows = 96;  // rows of queries that a unit aims at
+constexpr long kWritten = 16;   // rows of one token whose keys are written by one call
 constexpr float kMasked = -1e30f;
 
 using Element = JAXLLM_ELEMENT;  // what queries, keys and values are: the compiler's command says
@@ -111,7 +110,7 @@ template <class Products, class E>
 void Attend(const Step<E>& s, const Unit& u, const Unit* next, long rows, Scratch& scratch) {
   const long padded = RoundUp(s.D);
   Products products(s, u, rows, scratch);
-  const Sums sums(scratch, RoundUp(rows, kWholeRows), padded);
+  const Sums sums(scratch, RoundUp(rows, Products::kWholeRows), padded);
   for (long part = u.FirstPart(s.window); part < u.End(); part += kPart) {
     const long n = std::min(kPart, u.End() - part), columns = RoundUp(n);
     if (part + kPart < u.End())

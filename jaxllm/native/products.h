@@ -51,6 +51,8 @@ inline void Widen(const E* from, float* to, long count) {
 template <class E>
 class InFloat32 {
  public:
+  static constexpr long kWholeRows = 1;  // results are of so many rows, or a multiple
+
   InFloat32(const Step<E>& s, const Unit& u, long rows, Scratch& scratch)
       : s_(s),
         u_(u),
@@ -104,11 +106,13 @@ class InFloat32 {
 // Probabilities are rounded to bfloat16, as the values are; sums are float32.
 class InTiles {
  public:
+  static constexpr long kWholeRows = kTile;
+
   InTiles(const Step<BFloat16>& s, const Unit& u, long rows, Scratch& scratch)
       : s_(s),
         u_(u),
         rows_(rows),
-        whole_(RoundUp(rows, kTile)),
+        whole_(RoundUp(rows, kWholeRows)),
         padded_(RoundUp(s.D)),
         depth_(RoundUp(s.D, kDepth)),
         queries_(Room(scratch.queries16, whole_ * depth_)),

@@ -247,6 +247,7 @@ inline void Rows(const float* a, long a_row, const T* b, long b_row, float* c, l
   else
     Rest<T, kV>(a + r * a_row, a_row, b, b_row, c + r * c_row, c_row, rows - r, depth, add);
 }
+
 // c [rows, columns] (+)= a [rows, depth] b [depth, columns]; columns are whole vectors.
 template <class T>
 __attribute__((noinline)) void Multiply(const float* a, long a_row, const T* b, long b_row,

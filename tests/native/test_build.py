@@ -136,5 +136,11 @@ def test_it_is_for_one_cpu_device(platform, devices):
     assert why_not_compiled(platform, devices, "float32")
 
 
+def test_windows_has_no_kernel(fresh, monkeypatch):
+    monkeypatch.setattr(build.sys, "platform", "win32")
+
+    assert "not for Windows" in build.unavailable("float32")
+
+
 def test_other_types_have_no_kernel(fresh):
     assert "not for float64" in build.unavailable("float64")
