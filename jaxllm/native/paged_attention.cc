@@ -27,7 +27,7 @@ using Element = JAXLLM_ELEMENT;  // what queries, keys and values are: the compi
 // Asks for a part before it is read. Pages lie anywhere in memory: from one of them the processor
 // can't tell the next, and would wait for the first bytes of each row.
 template <class E>
-void Prefetch(const Step<E>& s, const Unit& u, long part) {
+JAXLLM_PREFETCHES void Prefetch(const Step<E>& s, const Unit& u, long part) {
   if (s.S % kPart) return;
   constexpr long kLine = 64 / sizeof(E);
   const long page = s.Page(u.row, part), offset = part % s.S, n = std::min(kPart, u.End() - part);

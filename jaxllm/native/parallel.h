@@ -8,8 +8,6 @@
 #include <memory>
 #include <thread>
 
-#include "xla/ffi/api/ffi.h"
-
 namespace jaxllm {
 namespace {
 
@@ -17,8 +15,8 @@ namespace {
 //
 // This thread takes rounds like the others and waits only for those that are begun: XLA may call
 // from a thread of its pool, which would wait forever for work that no thread is left to begin.
-template <class Body>
-void ParallelFor(xla::ffi::ThreadPool& pool, long count, const Body& body) {
+template <class Pool, class Body>
+void ParallelFor(Pool& pool, long count, const Body& body) {
   struct Shared {
     std::atomic<long> next{0}, ended{0};
   };

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "vectors.h"
+
 namespace jaxllm {
 namespace {
 
@@ -62,7 +64,7 @@ inline void Clear(E* numbers, long count) {
 
 // Asks for where the key of a token goes: a line of memory for each number, all far from the core.
 template <class E>
-void PrefetchSlot(const Step<E>& s, long head, long token) {
+JAXLLM_PREFETCHES void PrefetchSlot(const Step<E>& s, long head, long token) {
   const E* keys = s.Keys(head, s.slots[token] / s.S) + s.slots[token] % s.S;
   for (long d = 0; d < s.D; ++d) __builtin_prefetch(keys + d * s.S, 1, 2);
 }

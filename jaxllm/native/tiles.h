@@ -25,17 +25,20 @@ inline bool HaveTiles() {
   return granted;
 }
 
-// Eight tiles of 16 rows of 64 bytes, for as long as this lives. XLA has its own in between.
+// What `ldtilecfg` reads: eight tiles of 16 rows of 64 bytes.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// In memory, and never a local: GCC believes that the instruction reads eight bytes of it.
+static const TileConfig kTileConfig;
+
+// Those tiles, for as long as this lives. XLA has its own in between.
 class Tiles {
  public:
-  Tiles() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
+  Tiles() { _tile_loadconfig(&kTileConfig); }
   ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
 };

@@ -49,6 +49,10 @@ inline Floats Choose(Ints mask, Floats yes, Floats no) {
 
 inline Floats Larger(Floats x, Floats y) { return Choose(x > y, x, y); }
 
+// Of a function that asks for memory ahead and does nothing else: GCC would take a call of one for
+// a call without effect, and drop it.
+#define JAXLLM_PREFETCHES __attribute__((always_inline)) inline
+
 // ------------------------------------------------------------------ numbers in memory
 
 inline Floats Load(const float* from) {
@@ -126,6 +130,25 @@ inline void StoreOne(Float16* to, float x) {
     half = BitsOf(positive + 0.5f) - BitsOf(0.5f);
   }
   to->bits = sign | half;
+}
+
+inline void Store(Float16* to, Floats x) {
+  for (int lane = 0; lane < kLanes; ++lane) StoreOne(to + lane, x[lane]);
+}
+
+// The first `count` numbers, and zeros.
+template <class T>
+inline Floats LoadSome(const T* from, long count) {
+  T padded[kLanes] = {};
+  std::memcpy(static_cast<void*>(padded), from, count * sizeof(T));
+  return Load(padded);
+}
+
+template <class T>
+inline void StoreSome(T* to, Floats x, long count) {
+  T padded[kLanes];
+  Store(padded, x);
+  std::memcpy(static_cast<void*>(to), padded, count * sizeof(T));
 }
 
 // ------------------------------------------------------------------ functions
