@@ -32,6 +32,7 @@ from jaxllm.config import EngineConfig
 from jaxllm.devices import Room, reserve_memory, resolve_dtype, room_on
 from jaxllm.distributed import local_devices
 from jaxllm.errors import ConfigError
+from jaxllm.huge_pages import HugePages
 from jaxllm.logs import shows_progress
 from jaxllm.modeling import checkpoint as saved
 from jaxllm.modeling import registry, weights
@@ -287,8 +288,9 @@ def plan_reshard(plan: Plan, sharder: Sharder, own: Mapping[int, int]) -> Plan:
 def load_params(plan: Plan, *, seed: int, show_progress: bool) -> tuple[jax.Array, ...]:
     """Returns the parameters of a plan, on their devices."""
     start = time.perf_counter()
+    room = HugePages.of_model(plan.model)
     if not plan.sources and plan.manifest is None:
-        return init_params(plan.model, seed)
+        return init_params(plan.model, seed, room.moved if room else None)
     bar = tqdm(
         total=plan.model.num_bytes,
         desc="Loading weights",
@@ -299,10 +301,11 @@ def load_params(plan: Plan, *, seed: int, show_progress: bool) -> tuple[jax.Arra
     )
     with bar:
         if plan.manifest is None:
-            params = weights.load(plan.sources, bar.update)
+            params = weights.load(plan.sources, bar.update, room.zeros if room else np.zeros)
         else:
             peers = peers_of(cast(Mesh, plan.model.leaves[0].shape.sharding.mesh))
-            params = saved.restore(plan.folder, plan.model, plan.manifest, bar.update, peers)
+            move = room.moved if room else None
+            params = saved.restore(plan.folder, plan.model, plan.manifest, bar.update, peers, move)
     seconds = time.perf_counter() - start
     logger.info(
         "Model loading took %.2f GiB memory and %.2f seconds (%.2f GB/s)",

@@ -39,6 +39,7 @@ from jaxllm.pallas_kernels.attention import (
     Tuning,
     compiled_tuning_for,
 )
+from jaxllm.pallas_kernels.linear import compiled_linear_for
 from jaxllm.sampler import Vocabulary, choose, score_tokens
 from jaxllm.settings import compiler_options, platform_of
 from jaxllm.sharding.apply import Sharder
@@ -172,6 +173,12 @@ class ProgramBuilder:
         mesh = self.sharder.mesh
         return compiled_tuning_for(mesh.devices.flat[0].platform, mesh.size, self.engine.dtype)
 
+    @property
+    def linear_kernel(self) -> str:
+        """What multiplies with weights here, as `compiled_linear_for`."""
+        mesh = self.sharder.mesh
+        return compiled_linear_for(mesh.devices.flat[0].platform, mesh.size, self.engine.dtype)
+
     def logits(self, model: Decoder, hidden: jax.Array) -> jax.Array:
         """[R, E] -> float32 [R, V], each device with its share of the vocabulary."""
         return self.sharder.pin(model.logits(hidden), None, "vocab")
@@ -199,7 +206,7 @@ class ProgramBuilder:
             params: Sequence[jax.Array], state: DeviceState, buffer: jax.Array
         ) -> tuple[DeviceState, StepOutputs]:
             inputs = self.sharder.everywhere(unpack(key.bucket, key.flags, buffer))
-            return body(self, key, self.model.merge(params), state, inputs)
+            return body(self, key, self.model.merge(params, self.linear_kernel), state, inputs)
 
         shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), everywhere)
         platform = platform_of(self.sharder.mesh.devices.flat[0])

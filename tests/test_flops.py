@@ -2,9 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from jaxllm.flops import flops
 from jaxllm.hlo import Module
+from jaxllm.native.build import target, unavailable
+from jaxllm.pallas_kernels.linear import linear
 
 ONE = 2 * 8 * 16 * 32
 X, W = jnp.ones((8, 32)), jnp.ones((16, 32))
@@ -20,6 +23,12 @@ def counted(function, *arrays):
 
 def test_a_product_is_two_operations_a_pair():
     assert counted(product, X, W) == ONE
+
+
+@pytest.mark.skipif(bool(unavailable("float32")), reason="no C++ compiler here")
+def test_a_product_of_our_kernel_is_counted_as_any_other():
+    kernel = target("linear", "float32")
+    assert counted(lambda x, w: linear(x, w, None, jnp.float32, kernel), X, W) == ONE
 
 
 def test_a_loop_multiplies_what_is_in_it():

@@ -38,6 +38,7 @@ LEVELS = [
     [
         "engine",
         "replicas",
+        "huge_pages",
         "loading",
         "saving",
         "layout_report",

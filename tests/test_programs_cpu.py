@@ -6,6 +6,7 @@ import pytest
 
 from jaxllm import inspect
 from jaxllm.hlo import Module
+from jaxllm.native.build import linear_in_tiles
 
 STEPS = {"prefill": {"tokens": 128, "batch": 2}, "decode": {"batch": 8}}
 
@@ -37,6 +38,15 @@ def test_compiled_attention_is_one_call_a_layer_and_copies_nothing(what, checkpo
     assert found.copies == ()
     if dtype == "bfloat16":  # into attention and out of it, the model's own type
         assert set(re.findall(r"= \((\w+)\[[^)]*\) custom-call", found.hlo)) == {"bf16"}
+
+
+def test_compiled_products_are_all_there_are(what, checkpoints, dtype):
+    if dtype == "bfloat16" and not linear_in_tiles(dtype):
+        pytest.skip("products of bfloat16 are XLA's where there is no matrix unit")
+    found = inspect(checkpoints("llama"), what, context=64, dtype=dtype, **STEPS[what])
+
+    calls = re.findall(r'custom_call_target="jaxllm_linear_', found.hlo)
+    assert len(calls) == 4 * found.num_layers + 1  # and the logits
 
 
 def test_rotations_are_worked_out_once_and_not_in_each_layer(text):

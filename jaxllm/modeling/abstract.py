@@ -21,7 +21,7 @@ from jaxllm.cache.spec import CacheSpec
 from jaxllm.modeling.config import ModelConfig
 from jaxllm.modeling.decoder import Decoder
 from jaxllm.modeling.forms import bare_shape, dressed
-from jaxllm.modeling.layers.linear import normal_init
+from jaxllm.modeling.layers.linear import Product, normal_init
 from jaxllm.sharding.apply import Sharder
 
 Build = Callable[..., Decoder]
@@ -91,9 +91,19 @@ class AbstractModel:
     num_logits: int
     """Columns of the logits (V): the vocabulary and its padding."""
 
-    def merge(self, params: Sequence[jax.Array]) -> Decoder:
-        """Returns the module over these parameters, one for each leaf, in order."""
-        return nnx.merge(self.graph, jax.tree.unflatten(self.treedef, params))
+    def merge(self, params: Sequence[jax.Array], kernel: str = "") -> Decoder:
+        """Returns the module over these parameters.
+
+        Args:
+            params: One for each leaf, in order.
+            kernel: What multiplies with weights, as `compiled_linear_for` names it; empty: XLA.
+        """
+        model = nnx.merge(self.graph, jax.tree.unflatten(self.treedef, params))
+        if kernel:
+            for _, node in nnx.iter_graph(model):
+                if isinstance(node, Product):
+                    node.kernel = kernel
+        return model
 
     def on(self, sharder: Sharder) -> "AbstractModel":
         """Returns the same model on other devices."""
@@ -164,12 +174,14 @@ def _leaf(path: str, variable: nnx.Variable, sharder: Sharder) -> Leaf:
     return Leaf(path, shape, meta["num_in"], meta["parts"], part_axis, copies, padding, names)
 
 
-def init_params(model: AbstractModel, seed: int) -> tuple[jax.Array, ...]:
+def init_params(
+    model: AbstractModel, seed: int, move: Callable[[jax.Array], jax.Array] | None = None
+) -> tuple[jax.Array, ...]:
     """Returns random parameters, made on the devices: for training and dummy loads.
 
     Weights have a variance of one over the inputs, norms begin as the identity, biases
     at zero. They depend on the seed and on each leaf's place, not on the devices: copies
-    and padding are as they would be read from a checkpoint.
+    and padding are as they would be read from a checkpoint. `move` says where each shall lie.
     """
     key = jax.random.key(seed)
     draws: dict[Leaf, Callable[..., jax.Array]] = {}
@@ -180,7 +192,8 @@ def init_params(model: AbstractModel, seed: int) -> tuple[jax.Array, ...]:
         kind = replace(leaf, path=leaf.path.rpartition(".")[2])
         if kind not in draws:
             draws[kind] = jax.jit(functools.partial(_draw, leaf), out_shardings=leaf.shape.sharding)
-        params.append(draws[kind](key, np.int32(i)))
+        value = draws[kind](key, np.int32(i))
+        params.append(value if move is None else move(value))
     return tuple(params)
 
 

@@ -137,6 +137,7 @@ def restore(
     manifest: Manifest,
     report: Callable[[int], object],
     peers: Peers,
+    move: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, ...]:
     """Reads parameters straight to their shards, one after the other.
 
@@ -146,6 +147,7 @@ def restore(
         manifest: Of the folder.
         report: Called with the bytes of each parameter as it is handed over.
         peers: The processes that have the model's devices, all of which call this.
+        move: Where each parameter shall lie; None: where JAX puts it.
 
     Raises:
         CheckpointError: A file is missing or damaged.
@@ -165,7 +167,8 @@ def restore(
                 "(from TensorStore). Copy or save the folder again."
             ) from error
         parts.append(checksum(array))
-        params.append(to_dressed(leaf, array).block_until_ready())
+        value = to_dressed(leaf, array).block_until_ready()
+        params.append(value if move is None else move(value))
         report(leaf.num_bytes)
     for leaf, found in zip(model.leaves, _whole(peers, parts), strict=True):
         if found != manifest.parameters[leaf.path]["checksum"]:

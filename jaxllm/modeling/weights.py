@@ -255,14 +255,18 @@ class Source:
             views = np.split(views[0], np.cumsum(sizes)[:-1])
         return [v.reshape(s) for v, s in zip(views, shapes, strict=True)]
 
-    def read(self, index: tuple[slice, ...] | None) -> np.ndarray:
-        """Returns one shard of the parameter, in its dtype; all of it for None."""
+    def read(
+        self, index: tuple[slice, ...] | None, zeros: Callable[..., np.ndarray] = np.zeros
+    ) -> np.ndarray:
+        """Returns one shard of the parameter, in its dtype; all of it for None.
+
+        `zeros` is where it shall lie: of a shape and dtype, as `np.zeros`.
+        """
         full = self.leaf.shape.shape
         bounds = [
             s.indices(n)[:2] for s, n in zip(index or (slice(None),) * len(full), full, strict=True)
         ]
-        make = np.zeros if self.leaf.padding else np.empty
-        shard = make([stop - start for start, stop in bounds], self.leaf.shape.dtype)
+        shard = zeros(tuple(stop - start for start, stop in bounds), self.leaf.shape.dtype)
         axis, at = self.leaf.part_axis, 0
         for part, copies in zip(self.parts(), copies_of(self.leaf), strict=True):
             size = part.shape[axis] if part.ndim else 1
@@ -384,12 +388,17 @@ def _shape(source: Source, tensor: Tensor) -> tuple[int, ...]:
         return tensor.shape
 
 
-def load(sources: Sequence[Source], report: Callable[[int], object]) -> tuple[jax.Array, ...]:
+def load(
+    sources: Sequence[Source],
+    report: Callable[[int], object],
+    zeros: Callable[..., np.ndarray] = np.zeros,
+) -> tuple[jax.Array, ...]:
     """Fills every parameter, shard by shard.
 
     Args:
         sources: One for each leaf, of `match`.
         report: Called with the bytes of each parameter as it is handed over.
+        zeros: Where shards shall lie on the host, as for `Source.read`.
 
     Returns:
         The parameters, in the order of `sources`, on their devices.
@@ -400,7 +409,7 @@ def load(sources: Sequence[Source], report: Callable[[int], object]) -> tuple[ja
     for source in sources:
         leaf, shards = source.leaf, []
         for index, devices in shards_of(leaf.shape.shape, leaf.shape.sharding):
-            value = source.read(index)
+            value = source.read(index, zeros)
             if in_flight + value.nbytes > most:
                 jax.block_until_ready(waiting)
                 waiting, in_flight = [], 0

@@ -43,6 +43,24 @@ SOURCES = Path(__file__).parent
 logger = logging.getLogger("jaxllm")
 
 
+def why_not_compiled(platform: str, devices: int, dtype: str) -> str | None:
+    """Returns why a program has no compiled kernels; None if it has them.
+
+    Args:
+        platform: Of JAX.
+        devices: Over which the model is split; a compiled kernel has all on one.
+        dtype: Of the model.
+
+    Raises:
+        ConfigError, NativeBuildError: As `unavailable`.
+    """
+    if platform != "cpu":
+        return "compiled kernels are for CPU"
+    if devices > 1:
+        return "the model is split over devices"
+    return unavailable(dtype)
+
+
 def unavailable(dtype: str) -> str | None:
     """Returns why kernels of a type are not compiled here; None if they are.
 
@@ -120,6 +138,14 @@ def target(kernel: str, dtype: str) -> str:
 
 
 _registered: set[str] = set()
+
+
+@functools.cache
+def linear_in_tiles(dtype: str) -> bool:
+    """Whether the products of kernel `linear` are those of a matrix unit."""
+    ask = ctypes.CDLL(str(_library("linear", dtype))).linear_in_tiles
+    ask.restype = ctypes.c_bool
+    return ask()
 
 
 def _library(kernel: str, dtype: str) -> Path:

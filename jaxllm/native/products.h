@@ -17,8 +17,6 @@
 namespace jaxllm {
 namespace {
 
-constexpr long RoundUp(long count, long to = kLanes) { return (count + to - 1) / to * to; }
-
 // What a thread keeps between units, so that it is allocated once.
 struct Scratch {
   std::vector<float> queries, scores, out, highest, rest, total, keys, values;

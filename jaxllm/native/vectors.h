@@ -40,6 +40,8 @@ struct Float16 {
   uint16_t bits;
 };
 
+constexpr long RoundUp(long count, long to = kLanes) { return (count + to - 1) / to * to; }
+
 inline Floats Splat(float x) { return x - Floats{}; }
 
 inline Floats Choose(Ints mask, Floats yes, Floats no) {

@@ -6,7 +6,8 @@ import pytest
 
 from jaxllm.errors import ConfigError, NativeBuildError
 from jaxllm.native import build
-from jaxllm.pallas_kernels.attention import compiled_tuning_for, tuning_for, why_not_compiled
+from jaxllm.native.build import why_not_compiled
+from jaxllm.pallas_kernels.attention import compiled_tuning_for, tuning_for
 
 
 @pytest.fixture

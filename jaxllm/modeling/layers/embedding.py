@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxllm.modeling.layers.linear import contract, normal_init, scaled
+from jaxllm.modeling.layers.linear import Product, normal_init, scaled
 
 
-class Embedding(nnx.Module):
+class Embedding(Product):
     """A table `[V, E]`, looked up by token and multiplied for logits."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Embedding(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """[R, E] -> float32 [R, V], padding included."""
-        return contract(x, self.weight[...])
+        return self.contract(x, jnp.float32)
 
     def masked(self, logits: jax.Array) -> jax.Array:
         """Returns logits [R, V] in which no padding can be chosen or counted."""

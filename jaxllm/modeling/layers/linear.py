@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxllm.pallas_kernels.linear import linear
+
 
 def normal_init(key: jax.Array, shape: tuple[int, ...], fan_in: int, dtype: DTypeLike) -> jax.Array:
     """Draws weights with variance `1 / fan_in`; for training and dummy weights."""
@@ -27,31 +29,57 @@ FEW_TOKENS = 32
 tokens, [3072, 576] and [576, 1536]: 1.3 to 2.1 times; 64: no difference)."""
 
 
-def contract(
-    x: jax.Array, weight: jax.Array, num_in: int = 1, dtype: DTypeLike = jnp.float32
-) -> jax.Array:
-    """Multiplies the last `num_in` axes of `x` with those of `weight`.
+class Product(nnx.Module):
+    """What multiplies its last axes with those of a weight."""
 
-    Sums are float32 and rounded once; between devices, partial sums are added in
-    `dtype`. float32 means float32: no TF32 on a GPU.
+    kernel: str = ""
+    """What multiplies (`AbstractModel.merge`): XLA, or the compiled kernel that it names so."""
 
-    Args:
-        x: [..., *in].
-        weight: [*out, *in], of the dtype of `x`.
-        num_in: How many axes are contracted.
-        dtype: Of the result.
+    weight: nnx.Param
+    """[*out, *in]."""
 
-    Returns:
-        [..., *out].
-    """
-    lead, out = x.shape[: x.ndim - num_in], weight.shape[: weight.ndim - num_in]
-    precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+    bias: nnx.Param | None = None
+    """[*out]."""
+
+    num_in: int = 1
+    """How many axes are contracted."""
+
+    def contract(self, x: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """Returns `x @ weight.T + bias`.
+
+        Sums are float32 and rounded once; between devices, partial sums are added in
+        `dtype`, in float32 if there is a bias. float32 means float32: no TF32 on a GPU.
+
+        Args:
+            x: [..., *in], of the dtype of the weight.
+            dtype: Of the result: that one, or float32.
+
+        Returns:
+            [..., *out].
+        """
+        weight, bias = self.weight[...], None if self.bias is None else self.bias[...]
+        lead, out = x.shape[: x.ndim - self.num_in], weight.shape[: weight.ndim - self.num_in]
+        matrix = weight.reshape(math.prod(out), -1)  # [N, K]; only splits or joins whole axes
+        x = x.reshape(*lead, -1)
+        if self.kernel:
+            tokens = x.reshape(math.prod(lead), -1)
+            added = None if bias is None else bias.reshape(-1)
+            return linear(tokens, matrix, added, dtype, self.kernel).reshape(*lead, *out)
+        y = multiplied(x, matrix, dtype if bias is None else jnp.float32).reshape(*lead, *out)
+        if bias is None:
+            return y
+        return (y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)).astype(dtype)
+
+
+def multiplied(x: jax.Array, matrix: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Returns the product in plain XLA: x [..., K], matrix [N, K] -> [..., N] of a dtype."""
+    precision = jax.lax.Precision.HIGHEST if matrix.dtype == jnp.float32 else None
 
     def product(x: jax.Array, matrix: jax.Array, dtype: DTypeLike) -> jax.Array:
         return jax.lax.dot_general(
             x,
             matrix,
-            (((len(lead),), (1,)), ((), ())),
+            (((x.ndim - 1,), (1,)), ((), ())),
             precision=precision,
             preferred_element_type=dtype,
         )
@@ -66,13 +94,9 @@ def contract(
 
     # XLA:CPU is fast with float32 results only. cuBLASLt rounds as it writes: asked for
     # float32 it writes twice the bytes, and an all-reduce sends twice as many.
-    y = jax.lax.platform_dependent(
-        x.reshape(*lead, -1),
-        weight.reshape(math.prod(out), -1),  # [N, K]; only splits or joins whole axes
-        cpu=product_on_cpu,
-        default=lambda x, matrix: product(x, matrix, dtype),
+    return jax.lax.platform_dependent(
+        x, matrix, cpu=product_on_cpu, default=lambda x, matrix: product(x, matrix, dtype)
     )
-    return y.reshape(*lead, *out)
 
 
 def scaled(x: jax.Array, factor: float) -> jax.Array:
@@ -80,7 +104,7 @@ def scaled(x: jax.Array, factor: float) -> jax.Array:
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-class Linear(nnx.Module):
+class Linear(Product):
     """`x @ weight.T + bias` over named axes, one or several maps in one array.
 
     The parameters carry what the loader needs to fill them from a checkpoint:
@@ -126,8 +150,4 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., *in] -> [..., *out], of the dtype of `x`."""
-        if self.bias is None:
-            return contract(x, self.weight[...], self.num_in, x.dtype)
-        y = contract(x, self.weight[...], self.num_in)
-        y = y + jnp.broadcast_to(self.bias[...].astype(jnp.float32), y.shape)
-        return y.astype(x.dtype)
+        return self.contract(x, x.dtype)

@@ -14,7 +14,6 @@ from jaxllm.pallas_kernels.attention.spec import (
     Tuning,
     compiled_tuning_for,
     tuning_for,
-    why_not_compiled,
 )
 
 __all__ = [
@@ -27,5 +26,4 @@ __all__ = [
     "Tuning",
     "compiled_tuning_for",
     "tuning_for",
-    "why_not_compiled",
 ]

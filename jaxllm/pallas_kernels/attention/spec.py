@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxllm.native.build import target, unavailable
+from jaxllm.native.build import target, why_not_compiled
 
 LayerCache = tuple[jax.Array, ...] | None
 """What one layer keeps: (K pages, V pages); None in a cacheless forward."""
@@ -166,24 +166,12 @@ def compiled_tuning_for(platform: str, devices: int, dtype: DTypeLike) -> Tuning
         dtype: Of queries, keys and values.
 
     Raises:
-        ConfigError, NativeBuildError: As `native.build.unavailable`.
+        ConfigError, NativeBuildError: As `native.build.why_not_compiled`.
     """
-    tuning = tuning_for(platform)
-    if why_not_compiled(platform, devices, dtype):
+    tuning, name = tuning_for(platform), jnp.dtype(dtype).name
+    if why_not_compiled(platform, devices, name):
         return tuning
-    return replace(tuning, target=target("paged_attention", jnp.dtype(dtype).name))
-
-
-def why_not_compiled(platform: str, devices: int, dtype: DTypeLike) -> str | None:
-    """Returns why attention runs in plain XLA; None if a compiled kernel serves it.
-
-    Arguments and errors are those of `compiled_tuning_for`.
-    """
-    if platform != "cpu":
-        return "compiled kernels are for CPU"
-    if devices > 1:
-        return "its heads or rows are split over devices"
-    return unavailable(jnp.dtype(dtype).name)
+    return replace(tuning, target=target("paged_attention", name))
 
 
 def capped(scores: jax.Array, softcap: float | None) -> jax.Array:

@@ -1,0 +1,266 @@
+// Products of some rows of a weight with some tokens, which are packed once for all rows.
+//
+// Each class has its way: `Dots` for few tokens, `Broadcasts` for many, `WeightsInTiles` for
+// bfloat16 where the processor multiplies matrices. It takes `kRows` rows of the weight as they
+// lie, of a depth (the inputs) that is a multiple of `kWhole`, and up to `kTogether` tokens.
+// Results are float32: a row for each row of the weight, tokens side by side.
+
+#ifndef JAXLLM_NATIVE_WEIGHTS_H_
+#define JAXLLM_NATIVE_WEIGHTS_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "tiles.h"
+#include "turn.h"
+#include "vectors.h"
+
+namespace jaxllm {
+namespace {
+
+// Room for numbers that begins with a line of the cache, and is kept.
+template <class T>
+class Lines {
+ public:
+  T* Room(long count) {
+    constexpr long kMore = 64 / sizeof(T);
+    if (static_cast<long>(numbers_.size()) < count + kMore) numbers_.resize(count + kMore);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(numbers_.data());
+    return numbers_.data() + (RoundUp(begin, 64) - begin) / sizeof(T);
+  }
+
+ private:
+  std::vector<T> numbers_;
+};
+
+// Asks for the next lines of memory, as many as a round of a loop takes.
+template <int kCount>
+JAXLLM_PREFETCHES const char* Ahead(const char* next) {
+  if (!next) return next;
+  for (int i = 0; i < kCount; ++i) __builtin_prefetch(next + 64 * i, 0, 2);
+  return next + 64 * kCount;
+}
+
+// ------------------------------------------------------------------ few tokens
+
+// c [kN, c_row] = w [kN, depth] times x [kM, depth], both along their rows.
+template <int kN, int kM, class E>
+void Dot(const E* w, long depth, const float* x, float* c, long c_row, const char* next) {
+  constexpr long kLine = 64 / sizeof(E);
+  Floats sums[kN][kM] = {};
+  for (long k = 0; k < depth; k += kLine) {
+    next = Ahead<kN>(next);
+    for (long i = k; i < k + kLine; i += kLanes) {
+      Floats right[kM];
+      for (int m = 0; m < kM; ++m) right[m] = Load(x + m * depth + i);
+      for (int n = 0; n < kN; ++n) {
+        const Floats left = Load(w + n * depth + i);
+        for (int m = 0; m < kM; ++m) sums[n][m] += left * right[m];
+      }
+    }
+  }
+  for (int n = 0; n < kN; ++n)
+    for (int m = 0; m < kM; ++m) c[n * c_row + m] = Sum(sums[n][m]);
+}
+
+template <class E>
+class Dots {
+ public:
+  static constexpr long kTogether = 8;            // tokens
+  static constexpr long kRows = 48;               // of the weight
+  static constexpr long kWhole = 64 / sizeof(E);  // the depth is a multiple
+
+  explicit Dots(long depth) : depth_(depth) {}
+
+  long Packed(long tokens) const { return RoundUp(tokens, kTogether) * depth_; }
+
+  void Pack(const E* x, long tokens, float* to) const {
+    for (long i = 0; i < tokens * depth_; i += kLanes) Store(to + i, Load(x + i));
+  }
+
+  const E* Take(const E* rows) { return rows; }
+
+  void Multiply(const E* w, const float* x, long tokens, float* c, const char* next) const {
+    if (tokens <= 1) return Rows<1>(w, x, c, next);
+    if (tokens <= 2) return Rows<2>(w, x, c, next);
+    if (tokens <= 4) return Rows<4>(w, x, c, next);
+    return Rows<8>(w, x, c, next);
+  }
+
+ private:
+  template <int kM>
+  void Rows(const E* w, const float* x, float* c, const char* next) const {
+    constexpr int kN = kTogether / kM;
+    for (long n = 0; n < kRows; n += kN)
+      Dot<kN, kM>(w + n * depth_, depth_, x, c + n * kTogether, kTogether,
+                  next ? next + n * depth_ * static_cast<long>(sizeof(E)) : next);
+  }
+
+  const long depth_;
+};
+
+// ------------------------------------------------------------------ many tokens
+
+constexpr long kLine = 64 / sizeof(float);
+
+// c [kR, c_row] = w [kR, depth] x [depth, x_row], of which kV vectors are tokens.
+template <int kR, int kV>
+void Broadcast(const float* w, long depth, const float* x, long x_row, float* c, long c_row,
+               const char* next) {
+  Floats sums[kR][kV] = {};
+  for (long k = 0; k < depth; k += kLine) {
+    next = Ahead<kR>(next);
+    for (long i = k; i < k + kLine; ++i) {
+      Floats right[kV];
+      for (int v = 0; v < kV; ++v) right[v] = Load(x + i * x_row + v * kLanes);
+      for (int r = 0; r < kR; ++r) {
+        const float left = w[r * depth + i];
+        for (int v = 0; v < kV; ++v) sums[r][v] += left * right[v];
+      }
+    }
+  }
+  for (int r = 0; r < kR; ++r)
+    for (int v = 0; v < kV; ++v) Store(c + r * c_row + v * kLanes, sums[r][v]);
+}
+
+template <class E>
+class Broadcasts {
+ public:
+  static constexpr long kTogether = kVectors * kLanes;
+  static constexpr long kRows = 48;
+  static constexpr long kWhole = kLine;
+
+  explicit Broadcasts(long depth) : depth_(depth) {}
+
+  long Packed(long tokens) const { return RoundUp(tokens, kTogether) * depth_; }
+
+  void Pack(const E* x, long tokens, float* to) const {  // [tokens / kTogether, depth, kTogether]
+    for (long m = 0; m < tokens; m += kTogether)
+      Turn(x + m * depth_, depth_, std::min(kTogether, tokens - m), depth_, to + m * depth_,
+           kTogether);
+  }
+
+  const float* Take(const E* rows) {  // sixteen bits are widened once for all tokens
+    if constexpr (sizeof(E) == sizeof(float)) {
+      return rows;
+    } else {
+      float* const wide = wide_.Room(kRows * depth_);
+      for (long i = 0; i < kRows * depth_; i += kLanes) Store(wide + i, Load(rows + i));
+      return wide;
+    }
+  }
+
+  void Multiply(const float* w, const float* x, long tokens, float* c, const char* next) const {
+    if (sizeof(E) != sizeof(float)) next = nullptr;
+    if (tokens <= kLanes) return Rows<12, 1>(w, x, c, next);
+    if constexpr (kVectors > 2)
+      if (tokens <= 2 * kLanes) return Rows<12, 2>(w, x, c, next);
+    Rows<jaxllm::kRows, kVectors>(w, x, c, next);
+  }
+
+ private:
+  template <int kR, int kV>
+  void Rows(const float* w, const float* x, float* c, const char* next) const {
+    for (long n = 0; n < kRows; n += kR)
+      Broadcast<kR, kV>(w + n * depth_, depth_, x, kTogether, c + n * kTogether, kTogether,
+                        next ? next + n * depth_ * static_cast<long>(sizeof(float)) : next);
+  }
+
+  const long depth_;
+  Lines<float> wide_;
+};
+
+#ifdef JAXLLM_TILES
+
+// ------------------------------------------------------------------ bfloat16 in tiles
+
+class WeightsInTiles {
+ public:
+  static constexpr long kTogether = 2 * kTile;
+  static constexpr long kRows = 4 * kTile;
+  static constexpr long kWhole = kDepth;
+
+  explicit WeightsInTiles(long depth) : depth_(depth) {}
+
+  long Packed(long tokens) const { return RoundUp(tokens, kTogether) * depth_ / 2; }
+
+  // Pairs of a token's numbers are one of 32 bits: [tokens / 16, depth / 2, 16].
+  void Pack(const BFloat16* x, long tokens, float* to) const {
+    for (long m = 0; m < tokens; m += kTile)
+      Turn(reinterpret_cast<const float*>(x + m * depth_), depth_ / 2, std::min(kTile, tokens - m),
+           depth_ / 2, to + m * depth_ / 2, kTile);
+  }
+
+  const BFloat16* Take(const BFloat16* rows) { return rows; }
+
+  void Multiply(const BFloat16* w, const float* x, long tokens, float* c, const char* next) const {
+    if (tokens <= kTile) return Tall(w, x, c, next);
+    Square(w, x, c, next);
+    const long half = 2 * kTile * depth_;
+    Square(w + half, x, c + 2 * kTile * kTogether,
+           next ? next + half * static_cast<long>(sizeof(BFloat16)) : next);
+  }
+
+ private:
+  // Four tiles of rows, one of tokens.
+  void Tall(const BFloat16* w, const float* x, float* c, const char* next) const {
+    const long w_bytes = depth_ * 2, c_bytes = kTogether * 4, tall = kTile * depth_;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long k = 0; k < depth_; k += kDepth) {
+      next = Ahead<4 * kTile>(next);
+      _tile_loadd(6, x + k * kTile / 2, 64);
+      _tile_loadd(4, w + k, w_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(5, w + tall + k, w_bytes);
+      _tile_dpbf16ps(1, 5, 6);
+      _tile_loadd(4, w + 2 * tall + k, w_bytes);
+      _tile_dpbf16ps(2, 4, 6);
+      _tile_loadd(5, w + 3 * tall + k, w_bytes);
+      _tile_dpbf16ps(3, 5, 6);
+    }
+    _tile_stored(0, c, c_bytes);
+    _tile_stored(1, c + kTile * kTogether, c_bytes);
+    _tile_stored(2, c + 2 * kTile * kTogether, c_bytes);
+    _tile_stored(3, c + 3 * kTile * kTogether, c_bytes);
+  }
+
+  // Two tiles of rows, two of tokens.
+  void Square(const BFloat16* w, const float* x, float* c, const char* next) const {
+    const long w_bytes = depth_ * 2, c_bytes = kTogether * 4;
+    const BFloat16* const below = w + kTile * depth_;
+    const float* const beside = x + kTile * depth_ / 2;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long k = 0; k < depth_; k += kDepth) {
+      next = Ahead<2 * kTile>(next);
+      _tile_loadd(4, w + k, w_bytes);
+      _tile_loadd(6, x + k * kTile / 2, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, beside + k * kTile / 2, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, below + k, w_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, c_bytes);
+    _tile_stored(1, c + kTile, c_bytes);
+    _tile_stored(2, c + kTile * kTogether, c_bytes);
+    _tile_stored(3, c + kTile * kTogether + kTile, c_bytes);
+  }
+
+  const long depth_;
+  Tiles tiles_;
+};
+
+#endif
+
+}  // namespace
+}  // namespace jaxllm
+
+#endif  // JAXLLM_NATIVE_WEIGHTS_H_

@@ -1,0 +1,135 @@
+"""The compiled product with weights, beside NumPy's in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxllm.modeling.layers.embedding import Embedding
+from jaxllm.modeling.layers.linear import Linear
+from jaxllm.native.build import target, unavailable
+from jaxllm.pallas_kernels.linear import linear
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+pytestmark = pytest.mark.skipif(bool(unavailable("float32")), reason="no C++ compiler here")
+
+# Tokens, inputs and outputs: one, and both sides of what the kernel takes together: 8, 16, 32 and
+# 64 tokens, 16 and 32 inputs, 48 and 64 outputs.
+TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 31, 33, 64, 65, 130)
+SIZES = ((1, 1), (7, 3), (16, 16), (32, 48), (33, 50), (40, 64), (96, 130), (64, 1000))
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-11}
+
+
+def numbers(shape, dtype, seed):
+    """Random numbers of a type."""
+    values = np.random.default_rng(seed).normal(size=shape)
+    return jnp.asarray(values, dtype)
+
+
+@functools.cache
+def compiled(dtype, result, has_bias):
+    """The kernel, jitted; it is a function of shapes."""
+
+    def run(x, weight, bias):
+        return linear(x, weight, bias if has_bias else None, result, target("linear", dtype))
+
+    return jax.jit(run)
+
+
+def exact(x, weight, bias=0.0):
+    """The product in float64, and the sum of sizes that bounds its rounding."""
+    x, weight, bias = (np.asarray(a, np.float64) for a in (x, weight, bias))
+    return x @ weight.T + bias, np.abs(x) @ np.abs(weight).T + np.abs(bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("depth", "num_outputs"), SIZES)
+def test_products_of_all_sizes(depth, num_outputs, dtype):
+    weight, bias = numbers((num_outputs, depth), dtype, 1), numbers((num_outputs,), dtype, 2)
+    for num_tokens in TOKENS:
+        x = numbers((num_tokens, depth), dtype, num_tokens)
+
+        y = compiled(dtype, "float32", True)(x, weight, bias)
+
+        want, size = exact(x, weight, bias)
+        assert y.shape == want.shape
+        assert y.dtype == jnp.float32
+        assert np.all(np.abs(np.asarray(y) - want) <= 2e-6 * size), num_tokens
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [3, 40])
+def test_results_are_rounded_once_to_the_type_of_the_tokens(num_tokens, dtype):
+    x, weight = numbers((num_tokens, 96), dtype, 3), numbers((70, 96), dtype, 4)
+
+    y = compiled(dtype, dtype, False)(x, weight, None)
+    unrounded = compiled(dtype, "float32", False)(x, weight, None)
+
+    assert y.dtype == dtype
+    assert np.array_equal(np.asarray(y), np.asarray(unrounded.astype(dtype)))
+    want, size = exact(x, weight)
+    assert np.all(np.abs(np.asarray(y, np.float64) - want) <= TOLERANCE[dtype] * size)
+
+
+def test_many_tokens_are_divided_into_blocks():
+    x, weight = numbers((3000, 512), "float32", 5), numbers((65, 512), "float32", 6)
+
+    y = compiled("float32", "float32", False)(x, weight, None)
+
+    want, size = exact(x, weight)
+    assert np.all(np.abs(np.asarray(y) - want) <= 2e-6 * size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("depth", [37, 64])
+@pytest.mark.parametrize("num_tokens", [4, 50])
+def test_what_is_not_a_number_stays_in_its_row_and_column(num_tokens, depth, dtype):
+    x = np.array(numbers((num_tokens, depth), dtype, 7))
+    weight = np.array(numbers((70, depth), dtype, 8))
+    x[2, depth - 1], weight[69, 0], weight[5, depth - 1] = np.nan, np.inf, np.nan
+
+    y = np.asarray(compiled(dtype, "float32", False)(jnp.asarray(x), jnp.asarray(weight), None))
+
+    bad = np.zeros(y.shape, bool)
+    bad[2], bad[:, 69], bad[:, 5] = True, True, True
+    assert np.array_equal(~np.isfinite(y), bad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_a_thread_packed_for_one_call_serves_no_other(dtype):
+    weight = numbers((64, 32), dtype, 9)
+    run = compiled(dtype, "float32", False)
+    for seed in range(20):  # the same buffers, as likely as not
+        x = numbers((20, 32), dtype, seed)
+        want, size = exact(x, weight)
+        assert np.all(np.abs(np.asarray(run(x, weight, None)) - want) <= 2e-6 * size)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_multiply_by_the_kernel_they_are_given(bias):
+    layer = Linear(
+        {"heads": 3, "head_dim": 8},
+        {"mlp": 5, "parts": 2},
+        parts=(1, 1),
+        bias=bias,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+    )
+    table = Embedding(50, 24, dtype=jnp.float32, rngs=nnx.Rngs(1))
+    if bias:
+        layer.bias[...] = numbers((5, 2), "float32", 1)
+    x, rows = numbers((7, 3, 8), "float32", 2), numbers((7, 24), "float32", 3)
+    want, logits = nnx.jit(layer)(x), nnx.jit(Embedding.logits)(table, rows)
+
+    layer.kernel = table.kernel = target("linear", "float32")
+    text = jax.jit(lambda x: layer(x)).lower(x).as_text()
+
+    assert layer.kernel in text
+    assert "dot_general" not in text
+    np.testing.assert_allclose(nnx.jit(layer)(x), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(nnx.jit(Embedding.logits)(table, rows), logits, rtol=1e-5, atol=1e-5)
