@@ -70,8 +70,8 @@ def same(folder, me):
     read = []
     whole = Source.read
 
-    def counted(source, index):
-        shard = whole(source, index)
+    def counted(source, index, zeros):
+        shard = whole(source, index, zeros)
         read.append((source.leaf.path, str(index), shard.nbytes))
         return shard
 

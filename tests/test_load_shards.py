@@ -33,8 +33,8 @@ from jaxllm.modeling.weights import Source
 from jaxllm.sharding.choice import sharders
 
 read, count = Source.read, [0]
-def counted(self, index):
-    shard = read(self, index)
+def counted(self, index, zeros):
+    shard = read(self, index, zeros)
     count[0] += shard.nbytes
     return shard
 Source.read = counted
@@ -72,8 +72,8 @@ print(json.dumps({"read": read, "needed": needed, "total": total, "same": sums =
 def test_each_shard_is_read_once_however_many_devices_have_it(checkpoints, monkeypatch, how):
     read, seen = Source.read, {}
 
-    def counted(self, index):
-        shard = read(self, index)
+    def counted(self, index, zeros):
+        shard = read(self, index, zeros)
         seen[self.leaf.path] = seen.get(self.leaf.path, 0) + shard.nbytes
         return shard
 
