@@ -51,6 +51,7 @@ DTYPES = ("float32", "bfloat16")
 PARTS = ("cold", "rounds")
 BATCH, OUTPUT_LEN = 64, 64
 LARGEST_ID = 16384  # smaller than any vocabulary here
+KV_CACHE_GIB = 3  # of both engines that have one: room for all prompts at once, in either type
 
 FIGURES = (
     "cold_s",
@@ -126,6 +127,7 @@ def jaxllm_engine(folder, dtype):
             max_num_seqs=BATCH,
             max_num_batched_tokens=2048,
             enable_prefix_caching=False,
+            kv_cache_memory_bytes=KV_CACHE_GIB << 30,
         )
 
         def generate(batch, num_tokens):
@@ -310,7 +312,7 @@ def environment(engine, python, cache):
         env |= {
             "VLLM_CACHE_ROOT": str(cache / "vllm"),
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
-            "VLLM_CPU_KVCACHE_SPACE": "3",
+            "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
             "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",

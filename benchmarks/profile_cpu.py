@@ -3,10 +3,11 @@
     JAX_PLATFORMS=cpu python benchmarks/profile_cpu.py [--shape smollm2-135m] [--dtype float32]
 
 64 prompts of 32..256 random ids (those of `beside_peers.py`), random weights; some steps in which
-all are decoded are traced, none launched ahead. `ffi_call` is attention's compiled kernel; with
-`JAXLLM_NATIVE=0`, operations that ran several times a step are in attention's loops. The other
-products are those with the weights. Times are what the threads that ran them took, of a call that
-of its caller; a loop's own line is left out, as it holds others.
+all are decoded are traced, none launched ahead. `jaxllm_paged_attention` and `jaxllm_linear`, the
+products with the weights, are compiled kernels; with `JAXLLM_NATIVE=0`, operations that ran
+several times a step are in attention's loops, and the other products are those with the weights.
+Times are what the threads that ran them took, of a kernel that of its caller; a loop's own line
+is left out, as it holds others.
 Then the memory of this process (Linux), and how long each program took to compile.
 """
 
@@ -51,6 +52,13 @@ def decode(llm, seed, on_step):
                 on_step(time.perf_counter() - start)
 
 
+def kernels(llm):
+    """Returns {operation: name of a kernel of ours} of the program that decodes all rows."""
+    text = llm.inspect("decode", batch=BATCH).hlo
+    found = re.findall(r"%(\S+) = .*custom_call_target=\"(jaxllm_[a-z_]+)_[a-z]+\d+_\w+\"", text)
+    return dict(found)
+
+
 def traced(llm, folder):
     """Returns {operation: (runs, seconds)} of all traced steps together."""
     count = 0
@@ -76,11 +84,11 @@ def traced(llm, folder):
     return {name: (runs[name], seconds[name]) for name in runs}
 
 
-def table(found, median):
+def table(found, median, ours):
     """Prints milliseconds a step of each kind, in loops and outside; the small ones together."""
     kinds = Counter()
     for name, (runs, seconds) in found.items():
-        kind = re.sub(r"[.\d]+$", "", name)
+        kind = ours.get(name) or re.sub(r"[.\d]+$", "", name)
         kinds[kind, "in loops" if runs > 1.5 * TRACED else "outside"] += 1e3 * seconds / TRACED
     print(f"A step takes {1e3 * median:.0f} ms (median, untraced). Thread milliseconds of it:\n")
     print("| operation | where | ms a step |\n|---|---|---|")
@@ -142,7 +150,7 @@ def main():
         steps = []
         decode(llm, 60, steps.append)
         memory["after two batches"] = resident()
-        table(traced(llm, folder), statistics.median(steps))
+        table(traced(llm, folder), statistics.median(steps), kernels(llm))
         table_of_memory(memory)
         table_of_programs(llm._live_engine().runner.programs)
 

@@ -2,7 +2,7 @@
 //
 // A unit of work is a block of tokens and a run of rows of the weight. Each thread packs the tokens
 // of a block for itself, as often as it changes blocks: what another core has written is slower to
-// fetch than to make again. (Prefetching asks for rows that the same thread takes next.)
+// fetch than to make again. It asks ahead for the rows that it takes next itself.
 
 #include <atomic>
 #include <type_traits>
@@ -60,6 +60,7 @@ void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
   static const long block_bytes = BlockBytes();
   static std::atomic<uint64_t> calls{0};
   const uint64_t call = ++calls;
+  if (m.T == 0 || m.N == 0) return;
   constexpr long kTogether = Product::kTogether, kRows = Product::kRows;
   const long depth = RoundUp(m.K, Product::kWhole);
   const long bytes = Product(depth).Packed(kTogether) * static_cast<long>(sizeof(float));

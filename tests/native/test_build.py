@@ -1,6 +1,8 @@
 """Kernels are compiled once, and what goes wrong is said."""
 
 import logging
+import platform
+import re
 
 import pytest
 
@@ -145,3 +147,16 @@ def test_windows_has_no_kernel(fresh, monkeypatch):
 
 def test_other_types_have_no_kernel(fresh):
     assert "not for float64" in build.unavailable("float64")
+
+
+@pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64") or bool(build.unavailable("float32")),
+    reason="reads code of x86-64",
+)
+@pytest.mark.parametrize("kernel", ["paged_attention", "linear"])
+def test_memory_is_asked_for_ahead(kernel):
+    """Compilers may drop a prefetch, and nothing but time would tell."""
+    code = build._library(kernel, "float32").read_bytes()
+
+    prefetches = [m for m in re.finditer(rb"\x0f\x18(.)", code, re.DOTALL) if m[1][0] >> 3 & 7 == 2]
+    assert len(prefetches) >= 8  # `prefetcht1`
