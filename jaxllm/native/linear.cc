@@ -42,7 +42,7 @@ inline long BlockBytes() {
 struct Scratch {
   uint64_t call = 0;  // whose tokens are packed
   long block = 0;
-  Lines<float> packed, results;
+  Lines<float> packed, results, wide;
   Lines<Element> tokens, rows;
 };
 
@@ -63,7 +63,7 @@ void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
   if (m.T == 0 || m.N == 0) return;
   constexpr long kTogether = Product::kTogether, kRows = Product::kRows;
   const long depth = RoundUp(m.K, Product::kWhole);
-  const long bytes = Product(depth).Packed(kTogether) * static_cast<long>(sizeof(float));
+  const long bytes = Product::Packed(kTogether, depth) * static_cast<long>(sizeof(float));
   const long most = std::max(1L, block_bytes / bytes) * kTogether;  // tokens of a block
   const long blocks = (m.T + most - 1) / most;
   const long size = RoundUp((m.T + blocks - 1) / blocks, kTogether);
@@ -75,7 +75,7 @@ void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
     const long first = block * size, tokens = std::min(size, m.T - first);
     if (tokens <= 0) return;
     Product product(depth);
-    float* const packed = scratch.packed.Room(product.Packed(size));
+    float* const packed = scratch.packed.Room(Product::Packed(size, depth));
     if (scratch.call != call || scratch.block != block) {
       const E* x = m.x + first * m.K;
       if (depth != m.K) x = Padded(x, tokens, m.K, tokens, depth, scratch.tokens);
@@ -90,10 +90,10 @@ void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
       const char* next =
           panel + 1 < last ? reinterpret_cast<const char*>(from + kRows * m.K) : nullptr;
       if (rows < kRows || depth != m.K) from = Padded(from, rows, m.K, kRows, depth, scratch.rows);
-      const auto* w = product.Take(from);
+      const auto* w = product.Take(from, scratch.wide);
       for (long t = 0; t < tokens; t += kTogether) {
         const long some = std::min(kTogether, tokens - t);
-        product.Multiply(w, packed + t / kTogether * product.Packed(kTogether), some, c, next);
+        product.Multiply(w, packed + Product::Packed(t, depth), some, c, next);
         next = nullptr;
         for (long r = 0; m.bias && r < rows; ++r) {
           const float bias = LoadOne(m.bias + n + r);
@@ -105,15 +105,13 @@ void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
   });
 }
 
-constexpr long kFew = 8;  // tokens
-
 template <class E, class Y>
 void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
 #ifdef JAXLLM_TILES
   if constexpr (std::is_same_v<E, BFloat16>)
     if (HaveTiles()) return Run<WeightsInTiles>(pool, m);
 #endif
-  if (m.T <= kFew) return Run<Dots<E>>(pool, m);
+  if (m.T <= Dots<E>::kTogether) return Run<Dots<E>>(pool, m);
   Run<Broadcasts<E>>(pool, m);
 }
 

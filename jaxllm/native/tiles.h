@@ -43,6 +43,14 @@ class Tiles {
   Tiles(const Tiles&) = delete;
 };
 
+// Zeros in the four tiles that sum.
+inline void ClearSums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
 // Two rows of `b` side by side, pair by pair, as a tile wants its right side: [columns, 2].
 // `columns` are a multiple of 16. The second row is zeros where there is none.
 inline void Pair(const BFloat16* first, const BFloat16* second, long columns, BFloat16* to) {
@@ -73,10 +81,7 @@ inline void MultiplyTiles(const BFloat16* a, long a_row, const BFloat16* b, floa
         if (high) _tile_loadd(2, below, c_bytes);
         if (wide && high) _tile_loadd(3, below + kTile, c_bytes);
       } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        ClearSums();
       }
       for (long k = 0; k < depth; k += kDepth) {
         const BFloat16* right = b + k * columns + 2 * n;

@@ -224,14 +224,26 @@ inline float Sum(Floats x) {
 
 // ------------------------------------------------------------------ the product
 
-// c [kR, kV vectors] (+)= a [kR, depth] b [depth, kV vectors].
+// Asks for the next lines of memory, as many as a round of a loop takes, if it is to.
+template <int kCount>
+JAXLLM_PREFETCHES const char* Ahead(const char* next) {
+  if (!next) return next;
+  for (int i = 0; i < kCount; ++i) __builtin_prefetch(next + 64 * i, 0, 2);
+  return next + 64 * kCount;
+}
+
+constexpr long kLine = 64 / sizeof(float);  // numbers of a line of the cache
+
+// c [kR, kV vectors] (+)= a [kR, depth] b [depth, kV vectors]. `next` is what is read after `a`, as
+// many bytes as `a` has, and asked for meanwhile; or null.
 template <class T, int kR, int kV>
 inline void Tile(const float* a, long a_row, const T* b, long b_row, float* c, long c_row,
-                 long depth, bool add) {
+                 long depth, bool add, const char* next = nullptr) {
   Floats sums[kR][kV];
   for (int r = 0; r < kR; ++r)
     for (int v = 0; v < kV; ++v) sums[r][v] = add ? Load(c + r * c_row + v * kLanes) : Floats{};
   for (long k = 0; k < depth; ++k) {
+    if (k % kLine == 0) next = Ahead<kR>(next);
     Floats right[kV];
     for (int v = 0; v < kV; ++v) right[v] = Load(b + k * b_row + v * kLanes);
     for (int r = 0; r < kR; ++r) {

@@ -34,24 +34,16 @@ class Lines {
   std::vector<T> numbers_;
 };
 
-// Asks for the next lines of memory, as many as a round of a loop takes.
-template <int kCount>
-JAXLLM_PREFETCHES const char* Ahead(const char* next) {
-  if (!next) return next;
-  for (int i = 0; i < kCount; ++i) __builtin_prefetch(next + 64 * i, 0, 2);
-  return next + 64 * kCount;
-}
-
 // ------------------------------------------------------------------ few tokens
 
 // c [kN, c_row] = w [kN, depth] times x [kM, depth], both along their rows.
 template <int kN, int kM, class E>
 void Dot(const E* w, long depth, const float* x, float* c, long c_row, const char* next) {
-  constexpr long kLine = 64 / sizeof(E);
+  constexpr long kNumbers = 64 / sizeof(E);  // of a line
   Floats sums[kN][kM] = {};
-  for (long k = 0; k < depth; k += kLine) {
+  for (long k = 0; k < depth; k += kNumbers) {
     next = Ahead<kN>(next);
-    for (long i = k; i < k + kLine; i += kLanes) {
+    for (long i = k; i < k + kNumbers; i += kLanes) {
       Floats right[kM];
       for (int m = 0; m < kM; ++m) right[m] = Load(x + m * depth + i);
       for (int n = 0; n < kN; ++n) {
@@ -73,13 +65,13 @@ class Dots {
 
   explicit Dots(long depth) : depth_(depth) {}
 
-  long Packed(long tokens) const { return RoundUp(tokens, kTogether) * depth_; }
+  static long Packed(long tokens, long depth) { return RoundUp(tokens, kTogether) * depth; }
 
   void Pack(const E* x, long tokens, float* to) const {
     for (long i = 0; i < tokens * depth_; i += kLanes) Store(to + i, Load(x + i));
   }
 
-  const E* Take(const E* rows) { return rows; }
+  const E* Take(const E* rows, Lines<float>&) const { return rows; }
 
   void Multiply(const E* w, const float* x, long tokens, float* c, const char* next) const {
     if (tokens <= 1) return Rows<1>(w, x, c, next);
@@ -102,28 +94,6 @@ class Dots {
 
 // ------------------------------------------------------------------ many tokens
 
-constexpr long kLine = 64 / sizeof(float);
-
-// c [kR, c_row] = w [kR, depth] x [depth, x_row], of which kV vectors are tokens.
-template <int kR, int kV>
-void Broadcast(const float* w, long depth, const float* x, long x_row, float* c, long c_row,
-               const char* next) {
-  Floats sums[kR][kV] = {};
-  for (long k = 0; k < depth; k += kLine) {
-    next = Ahead<kR>(next);
-    for (long i = k; i < k + kLine; ++i) {
-      Floats right[kV];
-      for (int v = 0; v < kV; ++v) right[v] = Load(x + i * x_row + v * kLanes);
-      for (int r = 0; r < kR; ++r) {
-        const float left = w[r * depth + i];
-        for (int v = 0; v < kV; ++v) sums[r][v] += left * right[v];
-      }
-    }
-  }
-  for (int r = 0; r < kR; ++r)
-    for (int v = 0; v < kV; ++v) Store(c + r * c_row + v * kLanes, sums[r][v]);
-}
-
 template <class E>
 class Broadcasts {
  public:
@@ -133,7 +103,7 @@ class Broadcasts {
 
   explicit Broadcasts(long depth) : depth_(depth) {}
 
-  long Packed(long tokens) const { return RoundUp(tokens, kTogether) * depth_; }
+  static long Packed(long tokens, long depth) { return RoundUp(tokens, kTogether) * depth; }
 
   void Pack(const E* x, long tokens, float* to) const {  // [tokens / kTogether, depth, kTogether]
     for (long m = 0; m < tokens; m += kTogether)
@@ -141,11 +111,12 @@ class Broadcasts {
            kTogether);
   }
 
-  const float* Take(const E* rows) {  // sixteen bits are widened once for all tokens
+  // Sixteen bits are widened once for all tokens.
+  const float* Take(const E* rows, Lines<float>& lines) const {
     if constexpr (sizeof(E) == sizeof(float)) {
       return rows;
     } else {
-      float* const wide = wide_.Room(kRows * depth_);
+      float* const wide = lines.Room(kRows * depth_);
       for (long i = 0; i < kRows * depth_; i += kLanes) Store(wide + i, Load(rows + i));
       return wide;
     }
@@ -163,12 +134,12 @@ class Broadcasts {
   template <int kR, int kV>
   void Rows(const float* w, const float* x, float* c, const char* next) const {
     for (long n = 0; n < kRows; n += kR)
-      Broadcast<kR, kV>(w + n * depth_, depth_, x, kTogether, c + n * kTogether, kTogether,
-                        next ? next + n * depth_ * static_cast<long>(sizeof(float)) : next);
+      Tile<float, kR, kV>(w + n * depth_, depth_, x, kTogether, c + n * kTogether, kTogether,
+                          depth_, false,
+                          next ? next + n * depth_ * static_cast<long>(sizeof(float)) : next);
   }
 
   const long depth_;
-  Lines<float> wide_;
 };
 
 #ifdef JAXLLM_TILES
@@ -183,7 +154,7 @@ class WeightsInTiles {
 
   explicit WeightsInTiles(long depth) : depth_(depth) {}
 
-  long Packed(long tokens) const { return RoundUp(tokens, kTogether) * depth_ / 2; }
+  static long Packed(long tokens, long depth) { return RoundUp(tokens, kTogether) * depth / 2; }
 
   // Pairs of a token's numbers are one of 32 bits: [tokens / 16, depth / 2, 16].
   void Pack(const BFloat16* x, long tokens, float* to) const {
@@ -192,7 +163,7 @@ class WeightsInTiles {
            depth_ / 2, to + m * depth_ / 2, kTile);
   }
 
-  const BFloat16* Take(const BFloat16* rows) { return rows; }
+  const BFloat16* Take(const BFloat16* rows, Lines<float>&) const { return rows; }
 
   void Multiply(const BFloat16* w, const float* x, long tokens, float* c, const char* next) const {
     if (tokens <= kTile) return Tall(w, x, c, next);
@@ -206,10 +177,7 @@ class WeightsInTiles {
   // Four tiles of rows, one of tokens.
   void Tall(const BFloat16* w, const float* x, float* c, const char* next) const {
     const long w_bytes = depth_ * 2, c_bytes = kTogether * 4, tall = kTile * depth_;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    ClearSums();
     for (long k = 0; k < depth_; k += kDepth) {
       next = Ahead<4 * kTile>(next);
       _tile_loadd(6, x + k * kTile / 2, 64);
@@ -233,10 +201,7 @@ class WeightsInTiles {
     const long w_bytes = depth_ * 2, c_bytes = kTogether * 4;
     const BFloat16* const below = w + kTile * depth_;
     const float* const beside = x + kTile * depth_ / 2;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    ClearSums();
     for (long k = 0; k < depth_; k += kDepth) {
       next = Ahead<2 * kTile>(next);
       _tile_loadd(4, w + k, w_bytes);
