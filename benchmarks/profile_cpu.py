@@ -26,7 +26,7 @@ os.environ.setdefault("JAXLLM_LOGGING_LEVEL", "WARNING")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import jax
-from beside_peers import BATCH, OUTPUT_LEN, prompts
+from beside_peers import BATCH, KV_CACHE_GIB, OUTPUT_LEN, prompts
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.bench.shapes import SHAPES, model_folder
@@ -140,6 +140,7 @@ def main():
             max_model_len=1024,
             max_num_seqs=BATCH,
             max_num_batched_tokens=2048,
+            kv_cache_memory_bytes=KV_CACHE_GIB << 30,
             enable_prefix_caching=False,
             async_scheduling=False,
             use_tqdm_on_load=False,

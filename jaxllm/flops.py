@@ -1,9 +1,9 @@
 """Floating-point operations of a compiled program, counted from its HLO.
 
 Matrix products only, two operations for each multiplication: beside them the rest is of
-no account, and neither is attention where it is a kernel of ours. XLA's own `cost_analysis`
-counts the body of a loop once and a library's product as nothing; here an instruction counts
-as often as it runs.
+no account. Attention is left out where it is a kernel of ours, whose keys are known to data
+alone. XLA's own `cost_analysis` counts the body of a loop once and a library's product as
+nothing; here an instruction counts as often as it runs.
 """
 
 import math

@@ -40,7 +40,8 @@ from jaxllm.modeling.abstract import AbstractModel, abstract_model, init_params
 from jaxllm.modeling.config import ModelConfig, with_length
 from jaxllm.modeling.fitting import fit, unfit
 from jaxllm.modeling.manifest import Manifest, read_manifest
-from jaxllm.pallas_kernels.attention.spec import TUNING, compiled_tuning_for
+from jaxllm.native.build import why_not_compiled
+from jaxllm.pallas_kernels.attention.spec import TUNING
 from jaxllm.peers import peers_of
 from jaxllm.sampling_params import as_integer
 from jaxllm.sharding.apply import Sharder
@@ -165,7 +166,7 @@ def plan_load(
 ) -> Plan:
     """Reads configs and headers, and decides everything; allocates nothing.
 
-    Where attention has a kernel to compile for this processor, it is compiled at the end.
+    Where there are kernels to compile for this processor, they are compiled at the end.
 
     Args:
         folder: Of the checkpoint.
@@ -179,7 +180,7 @@ def plan_load(
         CheckpointError: The folder is no checkpoint, or does not fit its config.
         UnsupportedModelError: The architecture is not implemented.
         ConfigError: A wish cannot be had, with this model or on this machine.
-        NativeBuildError: `JAXLLM_NATIVE=1`, and attention's kernel cannot be compiled.
+        NativeBuildError: `JAXLLM_NATIVE=1`, and a kernel cannot be compiled.
     """
     hf = registry.read_hf_config(folder, overrides)
     architecture, family = registry.family_of(hf)
@@ -213,8 +214,8 @@ def plan_load(
         model = abstract_model(config, family.build, dtype, sharder)
     if wishes.dtype != "auto" and checkpoint and dtype != stored:
         logger.info("Casting %s to %s", stored, dtype)
-    # Compiles attention's kernel, last of all: no request shall wait for it, and no refusal.
-    compiled_tuning_for(device.platform, sharder.mesh.size, dtype)
+    # Compiles the kernels, last of all: no request shall wait for them, and no refusal.
+    why_not_compiled(device.platform, sharder.mesh.size, dtype)
     return Plan(
         folder,
         architecture,

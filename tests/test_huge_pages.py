@@ -15,9 +15,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux has them"
 
 
 def on_one_device():
-    return jax.NamedSharding(
-        jax.make_mesh((1,), ("one",), devices=jax.devices()[:1]), PartitionSpec()
-    )
+    mesh = jax.make_mesh((1,), ("one",), devices=jax.devices()[:1])
+    return jax.NamedSharding(mesh, PartitionSpec())
 
 
 def test_arrays_are_zeros_that_jax_does_not_copy():
@@ -34,10 +33,8 @@ def test_arrays_are_zeros_that_jax_does_not_copy():
 
 
 def test_moved_arrays_are_the_same_and_outlive_the_room():
-    room, array = (
-        HugePages(1 << 16),
-        jax.device_put(np.arange(1000.0).reshape(10, 100), on_one_device()),
-    )
+    room = HugePages(1 << 16)
+    array = jax.device_put(np.arange(1000.0).reshape(10, 100), on_one_device())
 
     moved = room.moved(array)
     del room

@@ -6,7 +6,6 @@ import pytest
 
 from jaxllm import inspect
 from jaxllm.hlo import Module
-from jaxllm.native.build import linear_in_tiles
 
 STEPS = {"prefill": {"tokens": 128, "batch": 2}, "decode": {"batch": 8}}
 
@@ -40,13 +39,17 @@ def test_compiled_attention_is_one_call_a_layer_and_copies_nothing(what, checkpo
         assert set(re.findall(r"= \((\w+)\[[^)]*\) custom-call", found.hlo)) == {"bf16"}
 
 
-def test_compiled_products_are_all_there_are(what, checkpoints, dtype):
-    if dtype == "bfloat16" and not linear_in_tiles(dtype):
-        pytest.skip("products of bfloat16 are XLA's where there is no matrix unit")
+@pytest.mark.parametrize("in_tiles", [True, False])
+def test_products_are_compiled_but_of_bfloat16_without_a_matrix_unit(
+    what, checkpoints, dtype, in_tiles, monkeypatch
+):
+    monkeypatch.setattr("jaxllm.pallas_kernels.linear.linear_in_tiles", lambda dtype: in_tiles)
+
     found = inspect(checkpoints("llama"), what, context=64, dtype=dtype, **STEPS[what])
 
+    all_of_them = 4 * found.num_layers + 1  # and the logits
     calls = re.findall(r'custom_call_target="jaxllm_linear_', found.hlo)
-    assert len(calls) == 4 * found.num_layers + 1  # and the logits
+    assert len(calls) == (all_of_them if in_tiles or dtype == "float32" else 0)
 
 
 def test_rotations_are_worked_out_once_and_not_in_each_layer(text):

@@ -1,7 +1,6 @@
 """Products with weights as one call of a compiled kernel, on CPU (`jaxllm/native/linear.cc`).
 
-It reads a weight as it lies, as XLA does, and takes half the time or less in a decode step of 64
-rows, on two cores of an Intel Xeon with AVX512 and AMX (`benchmarks/profile_cpu.py`).
+It reads a weight as it lies, as XLA does, and takes less time: `benchmarks/README.md` has how much.
 """
 
 import jax

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxllm.modeling.layers.linear import FEW_TOKENS, Linear, multiplied
+from jaxllm.native.build import target, unavailable
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -23,8 +24,18 @@ def test_any_number_of_tokens_gives_the_same_product(num_tokens, dtype):
     np.testing.assert_allclose(np.asarray(y), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "is_compiled",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.skipif(bool(unavailable("float32")), reason="no C++ compiler here"),
+        ),
+    ],
+)
 @pytest.mark.parametrize("bias", [False, True])
-def test_named_axes_are_joined_for_the_product_and_split_again(bias):
+def test_named_axes_are_joined_for_the_product_and_split_again(bias, is_compiled):
     linear = Linear(
         {"heads": 3, "head_dim": 4},
         {"mlp": 5, "parts": 2},
@@ -35,10 +46,13 @@ def test_named_axes_are_joined_for_the_product_and_split_again(bias):
     )
     if bias:
         linear.bias[...] = jnp.arange(10.0).reshape(5, 2)
+    if is_compiled:
+        linear.kernel = target("linear", "float32")
     x = np.random.default_rng(1).normal(size=(7, 3, 4)).astype(np.float32)
 
     y = nnx.jit(linear)(jnp.asarray(x))
 
+    assert ("dot_general" in jax.jit(linear).lower(x).as_text()) != is_compiled
     want = np.einsum("tki,nmki->tnm", x, np.asarray(linear.weight[...]))
     want = want + (np.arange(10).reshape(5, 2) if bias else 0)
     np.testing.assert_allclose(np.asarray(y), want, rtol=1e-5, atol=1e-5)
