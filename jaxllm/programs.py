@@ -147,6 +147,7 @@ class ProgramBuilder:
             self.engine.page_size,
             self.engine.dtype,
             self.sharder,
+            self.tuning,
         )
         last_token = jax.ShapeDtypeStruct(
             (self.engine.max_num_seqs + 1,), jnp.int32, sharding=self.sharder.sharding(None)

@@ -58,7 +58,9 @@ class ModelRunner:
     def _new_state(self, builder: ProgramBuilder) -> DeviceState:
         shapes = builder.state_shapes()
         last_token = put(np.zeros(shapes.last_token.shape, np.int32), shapes.last_token.sharding)
-        return DeviceState(allocate(shapes.caches, self._fill), last_token)
+        huge_pages = bool(builder.tuning.target)  # pages in use lie side by side
+        caches = allocate(shapes.caches, self._fill, huge_pages=huge_pages)
+        return DeviceState(caches, last_token)
 
     def launch(self, key: ProgramKey, buffer: np.ndarray) -> StepOutputs:
         """Starts one step, and does not wait for it.

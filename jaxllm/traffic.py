@@ -43,7 +43,7 @@ WHOLE = frozenset(
 )
 
 # Kernels of ours that touch parts of an operand: its number, that of what is written into it, and
-# that of the table of the pages that are read, which are its second axis.
+# that of the table of the pages that are read, which are its first axis.
 PAGED = {"jaxllm_paged_attention": {3: (1, 6), 4: (2, 6)}}
 
 # Opcodes that cost no memory traffic of their own.
@@ -111,7 +111,7 @@ def _reads(
             continue
         if number in touched:
             pages, table = (known[instruction.operands[i]] for i in (number, touched[number][1]))
-            page = pages.arrays[0].num_bytes // pages.arrays[0].shape[1]
+            page = pages.arrays[0].num_bytes // pages.arrays[0].shape[0]
             yield _argument(module, where, name, 0), page * table.arrays[0].size
             continue
         for part, array in enumerate(known[name].arrays):

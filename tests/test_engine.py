@@ -125,9 +125,13 @@ def test_preemption_changes_no_answer(llama, prompts, expected):
 def poison_unowned(engine):
     """Fills every page that no sequence holds and no prefix can find with NaN."""
     free = [p for p in engine.scheduler.pool.unowned() if not engine.scheduler.pool.is_kept(p)]
-    state = engine.runner.state
+    state, orders = engine.runner.state, engine.runner.builder.tuning.orders
     pages = jnp.asarray([0, *free])
-    caches = tuple(tuple(a.at[:, pages].set(jnp.nan) for a in layer) for layer in state.caches)
+
+    def poisoned(array, order):
+        return array.at[(*[slice(None)] * order.index("P"), pages)].set(jnp.nan)
+
+    caches = tuple(tuple(map(poisoned, layer, orders)) for layer in state.caches)
     engine.runner.state = type(state)(caches, state.last_token)
 
 

@@ -200,15 +200,15 @@ def test_a_cache_that_is_not_donated_is_read_to_be_copied():
 
 PAGED_TEXT = """HloModule jit_g
 
-ENTRY %main (q: f32[2,3,4], new: f32[2,1,4], keys: f32[1,9,4,8], values: f32[1,9,8,4], i: s32[2], \
-table: s32[2,3]) -> (f32[2,3,4], f32[1,9,4,8], f32[1,9,8,4]) {
+ENTRY %main (q: f32[2,3,4], new: f32[2,1,4], keys: f32[9,1,4,8], values: f32[9,1,8,4], i: s32[2], \
+table: s32[2,3]) -> (f32[2,3,4], f32[9,1,4,8], f32[9,1,8,4]) {
   %q = f32[2,3,4]{2,1,0} parameter(0), metadata={op_name="q"}
   %new = f32[2,1,4]{2,1,0} parameter(1), metadata={op_name="new"}
-  %keys = f32[1,9,4,8]{3,2,1,0} parameter(2), metadata={op_name="keys"}
-  %values = f32[1,9,8,4]{3,2,1,0} parameter(3), metadata={op_name="values"}
+  %keys = f32[9,1,4,8]{3,2,1,0} parameter(2), metadata={op_name="keys"}
+  %values = f32[9,1,8,4]{3,2,1,0} parameter(3), metadata={op_name="values"}
   %i = s32[2]{0} parameter(4), metadata={op_name="i"}
   %table = s32[2,3]{1,0} parameter(5), metadata={op_name="table"}
-  ROOT %call = (f32[2,3,4], f32[1,9,4,8], f32[1,9,8,4]) custom-call(%q, %new, %new, %keys, \
+  ROOT %call = (f32[2,3,4], f32[9,1,4,8], f32[9,1,8,4]) custom-call(%q, %new, %new, %keys, \
 %values, /*index=5*/%i, %table), custom_call_target="TARGET", \
 output_to_operand_aliasing={{1}: (3, {}), {2}: (4, {})}, api_version=API_VERSION_TYPED_FFI
 }

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxllm.cache.spec import CacheSpec
-from jaxllm.pallas_kernels.attention import LayerCache, tuning_for
+from jaxllm.pallas_kernels.attention import LayerCache, Tuning
 from jaxllm.sharding.apply import Sharder
 from jaxllm.sharding.layouts import Layout
 
@@ -26,6 +26,7 @@ def abstract_caches(
     page_size: int,
     dtype: DTypeLike,
     sharder: Sharder,
+    tuning: Tuning,
 ) -> Caches:
     """Returns the shapes and shardings of (K, V) for each layer.
 
@@ -35,8 +36,8 @@ def abstract_caches(
         page_size: Slots in a page (S).
         dtype: Of the keys and values.
         sharder: The layout on its mesh.
+        tuning: Says in which orders attention wants them, and of which type.
     """
-    tuning = tuning_for(sharder.mesh.devices.flat[0].platform)
     stored = tuning.stored(dtype)
 
     def pages(spec: CacheSpec, order: str) -> jax.ShapeDtypeStruct:
@@ -47,8 +48,17 @@ def abstract_caches(
     return cast("Caches", tuple(tuple(pages(s, order) for order in tuning.orders) for s in specs))
 
 
-def allocate(abstract: Caches, fill: Callable[..., jax.Array] = jnp.zeros) -> Caches:
-    """Returns arrays of the given shapes on their devices, never on the host first."""
+def allocate(
+    abstract: Caches, fill: Callable[..., jax.Array] = jnp.zeros, *, huge_pages: bool = False
+) -> Caches:
+    """Returns arrays of the given shapes on their devices, never on the host first.
+
+    Args:
+        abstract: Of `abstract_caches`.
+        fill: Makes the content; tests poison it.
+        huge_pages: Whether to ask Linux for those of 2 MiB (see `jaxllm.huge_pages`). They are
+            taken whole, so it is for orders in which pages that are used lie side by side.
+    """
     makers: dict[tuple, Callable[[], jax.Array]] = {}
 
     def make(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -58,12 +68,12 @@ def allocate(abstract: Caches, fill: Callable[..., jax.Array] = jnp.zeros) -> Ca
                 lambda: fill(leaf.shape, dtype=leaf.dtype), out_shardings=leaf.sharding
             )
         array = makers[kind]()
-        return unmapped(array) if fill is jnp.zeros else array
+        return unmapped(array, huge_pages) if fill is jnp.zeros else array
 
     return jax.tree.map(make, abstract)
 
 
-def unmapped(zeros: jax.Array) -> jax.Array:
+def unmapped(zeros: jax.Array, huge_pages: bool) -> jax.Array:
     """Gives the memory of an array of zeros back to the system until it is written; returns it.
 
     Linux maps such pages as zeros again when they are used. So a cache takes the memory of the
@@ -71,16 +81,19 @@ def unmapped(zeros: jax.Array) -> jax.Array:
     """
     if sys.platform != "linux":
         return zeros
+    advices = [mmap.MADV_DONTNEED]
+    if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+        advices.append(mmap.MADV_HUGEPAGE)
     for shard in zeros.addressable_shards:
         if shard.device.platform != "cpu":
             continue
         start = shard.data.block_until_ready().unsafe_buffer_pointer()
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (start + shard.data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if last > first:
+        for advice in advices if last > first else ():
             # What it returns is of no use: where the system cannot, the zeros stay as they are.
             ctypes.CDLL(None).madvise(
-                ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED
+                ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice
             )
     return zeros
 

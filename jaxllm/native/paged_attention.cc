@@ -24,20 +24,6 @@ constexpr float kMasked = -1e30f;
 
 using Element = JAXLLM_ELEMENT;  // what queries, keys and values are: the compiler's command says
 
-// Asks for a part before it is read. Pages lie anywhere in memory: from one of them the processor
-// can't tell the next, and would wait for the first bytes of each row.
-template <class E>
-JAXLLM_PREFETCHES void Prefetch(const Step<E>& s, const Unit& u, long part) {
-  if (s.S % kPart) return;
-  constexpr long kLine = 64 / sizeof(E);
-  const long page = s.Page(u.row, part), offset = part % s.S, n = std::min(kPart, u.End() - part);
-  const E* keys = s.Keys(u.head, page) + offset;
-  for (long d = 0; d < s.D; ++d)
-    for (long i = 0; i < n; i += kLine) __builtin_prefetch(keys + d * s.S + i, 0, 2);
-  const E* values = s.Values(u.head, page) + offset * s.D;
-  for (long i = 0; i < n * s.D; i += kLine) __builtin_prefetch(values + i, 0, 2);
-}
-
 // What is summed over the parts, for each row of queries.
 struct Sums {
   float *scores, *out;    // [rows, kPart]; [rows, padded D], scaled by the maximum so far
@@ -113,13 +99,15 @@ void Attend(const Step<E>& s, const Unit& u, const Unit* next, long rows, Scratc
   const Sums sums(scratch, RoundUp(rows, Products::kWholeRows), padded);
   for (long part = u.FirstPart(s.window); part < u.End(); part += kPart) {
     const long n = std::min(kPart, u.End() - part), columns = RoundUp(n);
+    Soon keys, values;
     if (part + kPart < u.End())
-      Prefetch(s, u, part + kPart);
+      keys = KeysOf(s, u, part + kPart), values = ValuesOf(s, u, part + kPart);
     else if (next)
-      Prefetch(s, *next, next->FirstPart(s.window));
-    products.Score(sums.scores, part, n, columns);
+      keys = KeysOf(s, *next, next->FirstPart(s.window)),
+      values = ValuesOf(s, *next, next->FirstPart(s.window));
+    products.Score(sums.scores, part, n, columns, keys);
     Softmax(s, u, sums, rows, padded, part, n, columns);
-    products.Gather(sums.scores, sums.out, part, n, columns);
+    products.Gather(sums.scores, sums.out, part, n, columns, values);
   }
   for (long r = 0; r < rows; ++r) {
     E* const to = s.out + u.Offset(s, r);
@@ -146,7 +134,8 @@ void AttendHeads(const Step<E>& s, long row, long begin, long end) {
   if (s.kv_lens[row] == 0)
     return Clear(s.out + (row * s.H + begin * s.G) * s.D, (end - begin) * s.G * s.D);
   Unit u{row, begin, row, 1, s.kv_lens[row] - 1};
-  Prefetch(s, u, u.FirstPart(s.window));
+  KeysOf(s, u, u.FirstPart(s.window)).AskAll();
+  ValuesOf(s, u, u.FirstPart(s.window)).AskAll();
   for (; u.head < end; ++u.head) {
     Unit next = u;
     Attend(s, u, ++next.head < end ? &next : nullptr);
@@ -216,7 +205,7 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer
   s.block_rows = block_rows.typed_data(), s.block_starts = block_starts.typed_data();
   s.positions = positions.typed_data();
   const auto pages = key_pages.dimensions();
-  s.K = pages[0], s.P = pages[1], s.D = pages[2], s.S = pages[3];
+  s.K = pages[1], s.D = pages[2], s.S = pages[3];
   s.T = q.dimensions()[0], s.H = q.dimensions()[1], s.G = s.H / s.K, s.M = table.dimensions()[1];
   s.decodes = *num_decodes.typed_data(), s.blocks = *num_blocks.typed_data();
   s.block_q = block_q, s.window = window, s.scale = scale, s.softcap = softcap;

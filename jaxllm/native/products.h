@@ -1,6 +1,6 @@
 // The two products of a unit with a part of the keys: queries with keys, probabilities with values.
 //
-// Each class has both, over the same scratch: `InFloat32` for every processor, `InTiles` for those
+// Each asks for what is read `soon`. A class has both, over the same scratch: `InFloat32` for every processor, `InTiles` for those
 // that multiply bfloat16 matrices. Right sides are read as they lie in the cache, keys [D, S] and
 // values [S, D], or from a copy.
 
@@ -65,30 +65,31 @@ class InFloat32 {
   }
 
   // scores [rows, kPart], of which the first `columns` are written; `n` are of keys.
-  void Score(float* scores, long part, long n, long columns) {
+  void Score(float* scores, long part, long n, long columns, Soon soon) {
     if (as_they_lie_) {
       const E* keys = s_.Keys(u_.head, s_.Page(u_.row, part)) + part % s_.S;
-      return Multiply(queries_, s_.D, keys, s_.S, scores, kPart, rows_, s_.D, columns, false);
+      return Multiply(queries_, s_.D, keys, s_.S, scores, kPart, rows_, s_.D, columns, false,
+                      soon);
     }
     ForEachRun(s_, u_.row, part, n, [&](long at, long page, long offset, long run) {
       const E* from = s_.Keys(u_.head, page) + offset;
       for (long d = 0; d < s_.D; ++d) Widen(from + d * s_.S, keys_ + d * kPart + (at - part), run);
     });
-    Multiply(queries_, s_.D, keys_, kPart, scores, kPart, rows_, s_.D, columns, false);
+    Multiply(queries_, s_.D, keys_, kPart, scores, kPart, rows_, s_.D, columns, false, soon);
   }
 
   // out [rows, padded D] += probs [rows, kPart] with the values of `n` keys.
-  void Gather(const float* probs, float* out, long part, long n, long) {
+  void Gather(const float* probs, float* out, long part, long n, long, Soon soon) {
     if (as_they_lie_ && s_.D == padded_) {
       const E* values = s_.Values(u_.head, s_.Page(u_.row, part)) + part % s_.S * s_.D;
-      return Multiply(probs, kPart, values, s_.D, out, padded_, rows_, n, padded_, true);
+      return Multiply(probs, kPart, values, s_.D, out, padded_, rows_, n, padded_, true, soon);
     }
     ForEachRun(s_, u_.row, part, n, [&](long at, long page, long offset, long run) {
       const E* from = s_.Values(u_.head, page) + offset * s_.D;
       for (long i = 0; i < run; ++i)
         Widen(from + i * s_.D, values_ + (at - part + i) * padded_, s_.D);
     });
-    Multiply(probs, kPart, values_, padded_, out, padded_, rows_, n, padded_, true);
+    Multiply(probs, kPart, values_, padded_, out, padded_, rows_, n, padded_, true, soon);
   }
 
  private:
@@ -126,7 +127,8 @@ class InTiles {
     return rows > kRows && s.S % kPart == 0 && s.D % kTile == 0 && HaveTiles();
   }
 
-  void Score(float* scores, long part, long, long) {
+  void Score(float* scores, long part, long, long, Soon soon) {
+    soon.AskAll();
     const BFloat16* keys = s_.Keys(u_.head, s_.Page(u_.row, part)) + part % s_.S;
     for (long d = 0; d < depth_; d += 2) {
       const BFloat16* first = keys + d * s_.S;
@@ -138,7 +140,8 @@ class InTiles {
     MultiplyTiles(queries_, depth_, keys_, scores, whole_, depth_, kPart, false);
   }
 
-  void Gather(const float* probs, float* out, long part, long n, long columns) {
+  void Gather(const float* probs, float* out, long part, long n, long columns, Soon soon) {
+    soon.AskAll();
     const long depth = RoundUp(n, kDepth);
     for (long r = 0; r < rows_; ++r) {
       long j = 0;

@@ -1,11 +1,12 @@
 // What one call of paged attention is given, and how it writes keys and values.
 //
 // Letters: T tokens, H query heads, K KV heads, G = H / K, D head size, S slots of a page,
-// P pages, B rows, M pages of a row, Q query blocks.
+// P pages in all, B rows, M pages of a row, Q query blocks.
 
 #ifndef JAXLLM_NATIVE_STEP_H_
 #define JAXLLM_NATIVE_STEP_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -17,19 +18,24 @@ namespace {
 constexpr long kPart = 64;  // keys at once: a multiple of kLanes and of a tile's depth
 
 template <class E>
+constexpr long LinesOf(long count) {  // of the cache, for so many numbers
+  return RoundUp(count * static_cast<long>(sizeof(E)), 64) / 64;
+}
+
+template <class E>
 struct Step {
   const E *q, *k, *v;                                    // [T, H, D], [T, K, D] twice
-  E *key_pages, *value_pages;                            // [K, P, D, S], [K, P, S, D]
+  E *key_pages, *value_pages;                            // [P, K, D, S], [P, K, S, D]
   E* out;                                                // [T, H, D]
   const int32_t *slots, *table, *kv_lens;                // [T], [B, M], [B]
   const int32_t *block_rows, *block_starts, *positions;  // [Q], [Q], [T]
-  long T, H, K, G, D, S, P, M;
+  long T, H, K, G, D, S, M;
   long decodes, blocks, block_q;
   float scale, softcap;  // no cap: 0
   long window;           // none: 0
 
-  E* Keys(long head, long page) const { return key_pages + (head * P + page) * D * S; }
-  E* Values(long head, long page) const { return value_pages + (head * P + page) * S * D; }
+  E* Keys(long head, long page) const { return key_pages + (page * K + head) * D * S; }
+  E* Values(long head, long page) const { return value_pages + (page * K + head) * S * D; }
 
   // The page of a row that has a position.
   int32_t Page(long row, long position) const { return table[row * M + position / S]; }
@@ -56,6 +62,24 @@ struct Unit {
     return ((token + r / s.G) * s.H + head * s.G + r % s.G) * s.D;
   }
 };
+
+// What is read of a part, to be asked for ahead; nothing of pages that are shorter than a part.
+// Pages lie anywhere in memory: from one of them the processor can't tell the next.
+template <class E>
+inline Soon KeysOf(const Step<E>& s, const Unit& u, long part) {
+  if (s.S % kPart) return {};
+  const E* const from = s.Keys(u.head, s.Page(u.row, part)) + part % s.S;
+  return {reinterpret_cast<const char*>(from), s.S * static_cast<long>(sizeof(E)), s.D,
+          LinesOf<E>(std::min(kPart, u.End() - part))};
+}
+
+template <class E>
+inline Soon ValuesOf(const Step<E>& s, const Unit& u, long part) {
+  if (s.S % kPart) return {};
+  const E* const from = s.Values(u.head, s.Page(u.row, part)) + part % s.S * s.D;
+  return {reinterpret_cast<const char*>(from), s.D * static_cast<long>(sizeof(E)),
+          std::min(kPart, u.End() - part), LinesOf<E>(s.D)};
+}
 
 template <class E>
 inline void Clear(E* numbers, long count) {

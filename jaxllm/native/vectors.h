@@ -234,16 +234,36 @@ JAXLLM_PREFETCHES const char* Ahead(const char* next) {
 
 constexpr long kLine = 64 / sizeof(float);  // numbers of a line of the cache
 
-// c [kR, kV vectors] (+)= a [kR, depth] b [depth, kV vectors]. `next` is what is read after `a`, as
-// many bytes as `a` has, and asked for meanwhile; or null.
-template <class T, int kR, int kV>
+// Memory that is read next and asked for meanwhile, row by row: all at once, the requests would
+// wait for each other, and what is computed for them.
+struct Soon {
+  const char* at = nullptr;
+  long row = 0;   // bytes from one to the next
+  long rows = 0;  // that are left
+  long lines = 0;
+
+  JAXLLM_PREFETCHES void Ask() {
+    if (rows <= 0) return;
+    for (long i = 0; i < lines; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
+    at += row, --rows;
+  }
+
+  JAXLLM_PREFETCHES void AskAll() {
+    while (rows > 0) Ask();
+  }
+};
+
+// c [kR, kV vectors] (+)= a [kR, depth] b [depth, kV vectors]. A row of `soon` is asked for in one
+// step of the depth in `kEvery`.
+template <class T, int kR, int kV, int kEvery = 1>
 inline void Tile(const float* a, long a_row, const T* b, long b_row, float* c, long c_row,
-                 long depth, bool add, const char* next = nullptr) {
+                 long depth, bool add, Soon& soon) {
+  Soon ahead = soon;
   Floats sums[kR][kV];
   for (int r = 0; r < kR; ++r)
     for (int v = 0; v < kV; ++v) sums[r][v] = add ? Load(c + r * c_row + v * kLanes) : Floats{};
   for (long k = 0; k < depth; ++k) {
-    if (k % kLine == 0) next = Ahead<kR>(next);
+    if (k % kEvery == 0) ahead.Ask();
     Floats right[kV];
     for (int v = 0; v < kV; ++v) right[v] = Load(b + k * b_row + v * kLanes);
     for (int r = 0; r < kR; ++r) {
@@ -253,48 +273,51 @@ inline void Tile(const float* a, long a_row, const T* b, long b_row, float* c, l
   }
   for (int r = 0; r < kR; ++r)
     for (int v = 0; v < kV; ++v) Store(c + r * c_row + v * kLanes, sums[r][v]);
+  soon = ahead;
 }
 
 template <class T, int kV>
 inline void Rest(const float* a, long a_row, const T* b, long b_row, float* c, long c_row,
-                 long rows, long depth, bool add) {
+                 long rows, long depth, bool add, Soon& soon) {
   switch (rows) {
     case 5:
-      return Tile<T, 5, kV>(a, a_row, b, b_row, c, c_row, depth, add);
+      return Tile<T, 5, kV>(a, a_row, b, b_row, c, c_row, depth, add, soon);
     case 4:
-      return Tile<T, 4, kV>(a, a_row, b, b_row, c, c_row, depth, add);
+      return Tile<T, 4, kV>(a, a_row, b, b_row, c, c_row, depth, add, soon);
     case 3:
-      return Tile<T, 3, kV>(a, a_row, b, b_row, c, c_row, depth, add);
+      return Tile<T, 3, kV>(a, a_row, b, b_row, c, c_row, depth, add, soon);
     case 2:
-      return Tile<T, 2, kV>(a, a_row, b, b_row, c, c_row, depth, add);
+      return Tile<T, 2, kV>(a, a_row, b, b_row, c, c_row, depth, add, soon);
     case 1:
-      return Tile<T, 1, kV>(a, a_row, b, b_row, c, c_row, depth, add);
+      return Tile<T, 1, kV>(a, a_row, b, b_row, c, c_row, depth, add, soon);
   }
 }
 
 template <class T, int kV>
 inline void Rows(const float* a, long a_row, const T* b, long b_row, float* c, long c_row,
-                 long rows, long depth, bool add) {
+                 long rows, long depth, bool add, Soon& soon) {
   long r = 0;
   for (; r + kRows <= rows; r += kRows)
-    Tile<T, kRows, kV>(a + r * a_row, a_row, b, b_row, c + r * c_row, c_row, depth, add);
+    Tile<T, kRows, kV>(a + r * a_row, a_row, b, b_row, c + r * c_row, c_row, depth, add, soon);
   if constexpr (kV == 1)  // rare: not worth the time to compile more of them
     for (; r < rows; ++r)
-      Tile<T, 1, 1>(a + r * a_row, a_row, b, b_row, c + r * c_row, c_row, depth, add);
+      Tile<T, 1, 1>(a + r * a_row, a_row, b, b_row, c + r * c_row, c_row, depth, add, soon);
   else
-    Rest<T, kV>(a + r * a_row, a_row, b, b_row, c + r * c_row, c_row, rows - r, depth, add);
+    Rest<T, kV>(a + r * a_row, a_row, b, b_row, c + r * c_row, c_row, rows - r, depth, add, soon);
 }
 
-// c [rows, columns] (+)= a [rows, depth] b [depth, columns]; columns are whole vectors.
+// c [rows, columns] (+)= a [rows, depth] b [depth, columns]; columns are whole vectors. All of
+// `soon` is asked for.
 template <class T>
 __attribute__((noinline)) void Multiply(const float* a, long a_row, const T* b, long b_row,
                                         float* c, long c_row, long rows, long depth, long columns,
-                                        bool add) {
+                                        bool add, Soon soon) {
   long n = 0;
   for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes)
-    Rows<T, kVectors>(a, a_row, b + n, b_row, c + n, c_row, rows, depth, add);
+    Rows<T, kVectors>(a, a_row, b + n, b_row, c + n, c_row, rows, depth, add, soon);
   for (; n < columns; n += kLanes)
-    Rows<T, 1>(a, a_row, b + n, b_row, c + n, c_row, rows, depth, add);
+    Rows<T, 1>(a, a_row, b + n, b_row, c + n, c_row, rows, depth, add, soon);
+  soon.AskAll();
 }
 
 }  // namespace

@@ -133,10 +133,10 @@ class Broadcasts {
  private:
   template <int kR, int kV>
   void Rows(const float* w, const float* x, float* c, const char* next) const {
+    Soon soon{next, 64 * kR, next ? kRows / kR * depth_ / kLine : 0, kR};
     for (long n = 0; n < kRows; n += kR)
-      Tile<float, kR, kV>(w + n * depth_, depth_, x, kTogether, c + n * kTogether, kTogether,
-                          depth_, false,
-                          next ? next + n * depth_ * static_cast<long>(sizeof(float)) : next);
+      Tile<float, kR, kV, kLine>(w + n * depth_, depth_, x, kTogether, c + n * kTogether,
+                                 kTogether, depth_, false, soon);
   }
 
   const long depth_;

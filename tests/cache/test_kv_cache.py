@@ -11,6 +11,7 @@ import pytest
 
 from jaxllm.cache.kv_cache import abstract_caches, allocate
 from jaxllm.cache.spec import CacheSpec
+from jaxllm.pallas_kernels.attention import tuning_for
 from tests.tiny import sharder
 
 SPEC = CacheSpec(kind="paged", num_kv_heads=2, head_dim=64)
@@ -18,7 +19,7 @@ SPEC = CacheSpec(kind="paged", num_kv_heads=2, head_dim=64)
 
 def shapes(num_pages):
     """One layer's keys and values, of 8 KiB a page each."""
-    return abstract_caches([SPEC], num_pages, 16, "float32", sharder())
+    return abstract_caches([SPEC], num_pages, 16, "float32", sharder(), tuning_for("cpu"))
 
 
 def resident():

@@ -31,7 +31,7 @@ def attend(
         q: [T, H, D].
         k: [T, K, D], of the type of `q`.
         v: [T, K, D], as `k`.
-        pages: K and V of the layer in orders `IN_PARTS`; they may hold bits of 16-bit floats.
+        pages: K and V of the layer in orders `IN_PLACE`; they may hold bits of 16-bit floats.
         step: What it says of tokens and rows; its tuning names the kernel.
         spec: The layer's constants.
 

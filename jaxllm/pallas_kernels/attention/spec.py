@@ -21,8 +21,9 @@ MOST_BLOCKS = 8
 one after the other does (H100: 32 prompts of 128 tokens, one of 4096); sixteen gained no more."""
 
 
-AT_ONCE, IN_PARTS = ("PSKD", "PSKD"), ("KPDS", "KPSD")
-"""Axis orders of K and V: where all keys of a row are gathered at once, and where some are."""
+AT_ONCE, IN_PARTS, IN_PLACE = ("PSKD", "PSKD"), ("KPDS", "KPSD"), ("PKDS", "PKSD")
+"""Axis orders of K and V: where all keys of a row are gathered at once, where some are, and where a
+kernel reads them as they lie: all heads of a page one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +73,7 @@ class Tuning:
 
     keys_at_once: int
     """Keys in one round of a loop that ends with the last one that a query block or a group of rows
-    sees (orders `IN_PARTS`); 0: all (orders `AT_ONCE`), which wants no loop whose end is data."""
+    sees; 0: all, which wants no loop whose end is data."""
 
     upcast: bool
     """Whether 16-bit operands become float32 before a product."""
@@ -88,14 +89,10 @@ class Tuning:
 
     def __post_init__(self) -> None:
         """Checks what the fields say together."""
-        if self.target and not self.keys_at_once:
-            raise ValueError(f"{self.target} is for orders {', '.join(IN_PARTS)}.")
-        orders = IN_PARTS if self.keys_at_once else AT_ONCE
+        orders = IN_PLACE if self.target else IN_PARTS if self.keys_at_once else AT_ONCE
         if self.orders != orders:
-            raise ValueError(
-                f"keys_at_once={self.keys_at_once} is for orders {', '.join(orders)}: "
-                f"{', '.join(self.orders)}."
-            )
+            way = self.target or f"keys_at_once={self.keys_at_once}"
+            raise ValueError(f"{way} is for orders {', '.join(orders)}: {', '.join(self.orders)}.")
 
     def over(self, devices: int) -> Self:
         """Returns how the op works on arrays whose heads are split over so many devices.
@@ -171,7 +168,7 @@ def compiled_tuning_for(platform: str, devices: int, dtype: DTypeLike) -> Tuning
     tuning, name = tuning_for(platform), jnp.dtype(dtype).name
     if why_not_compiled(platform, devices, name):
         return tuning
-    return replace(tuning, target=target("paged_attention", name))
+    return replace(tuning, target=target("paged_attention", name), orders=IN_PLACE)
 
 
 def capped(scores: jax.Array, softcap: float | None) -> jax.Array:
