@@ -87,14 +87,15 @@ void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
     for (long panel = chunk * panels / chunks; panel < last; ++panel) {
       const long n = panel * kRows, rows = std::min(kRows, m.N - n);
       const E* from = m.weight + n * m.K;
-      const char* next =
-          panel + 1 < last ? reinterpret_cast<const char*>(from + kRows * m.K) : nullptr;
+      Ahead next;
+      if (panel + 1 < last)
+        next = {reinterpret_cast<const char*>(from + kRows * m.K),
+                reinterpret_cast<const char*>(from + 2 * kRows * m.K)};
       if (rows < kRows || depth != m.K) from = Padded(from, rows, m.K, kRows, depth, scratch.rows);
       const auto* w = product.Take(from, scratch.wide);
       for (long t = 0; t < tokens; t += kTogether) {
         const long some = std::min(kTogether, tokens - t);
         product.Multiply(w, packed + Product::Packed(t, depth), some, c, next);
-        next = nullptr;
         for (long r = 0; m.bias && r < rows; ++r) {
           const float bias = LoadOne(m.bias + n + r);
           for (long j = 0; j < some; ++j) c[r * kTogether + j] += bias;

@@ -224,18 +224,10 @@ inline float Sum(Floats x) {
 
 // ------------------------------------------------------------------ the product
 
-// Asks for the next lines of memory, as many as a round of a loop takes, if it is to.
-template <int kCount>
-JAXLLM_PREFETCHES const char* Ahead(const char* next) {
-  if (!next) return next;
-  for (int i = 0; i < kCount; ++i) __builtin_prefetch(next + 64 * i, 0, 2);
-  return next + 64 * kCount;
-}
-
 constexpr long kLine = 64 / sizeof(float);  // numbers of a line of the cache
 
-// Memory that is read next and asked for meanwhile, row by row: all at once, the requests would
-// wait for each other, and what is computed for them.
+// Memory that is read next is asked for step by step of a product: all at once, the requests would
+// wait for each other, and what is computed for them. Here, rows of it that lie apart.
 struct Soon {
   const char* at = nullptr;
   long row = 0;   // bytes from one to the next
@@ -251,19 +243,41 @@ struct Soon {
   JAXLLM_PREFETCHES void AskAll() {
     while (rows > 0) Ask();
   }
+
+  template <int>
+  JAXLLM_PREFETCHES void Step(long) {
+    Ask();
+  }
 };
 
-// c [kR, kV vectors] (+)= a [kR, depth] b [depth, kV vectors]. A row of `soon` is asked for in one
-// step of the depth in `kEvery`.
-template <class T, int kR, int kV, int kEvery = 1>
+// The same of memory in one piece.
+struct Ahead {
+  const char *at = nullptr, *end = nullptr;
+
+  template <int kLines>
+  JAXLLM_PREFETCHES void Ask() {
+    if (at >= end) return;
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
+    at += 64 * kLines;
+  }
+
+  // In a product of kR rows that this is what follows, as many lines as it reads.
+  template <int kR>
+  JAXLLM_PREFETCHES void Step(long k) {
+    if (k % kLine == 0) Ask<kR>();
+  }
+};
+
+// c [kR, kV vectors] (+)= a [kR, depth] b [depth, kV vectors]. `Next` is `Soon` or `Ahead`.
+template <class T, int kR, int kV, class Next>
 inline void Tile(const float* a, long a_row, const T* b, long b_row, float* c, long c_row,
-                 long depth, bool add, Soon& soon) {
-  Soon ahead = soon;
+                 long depth, bool add, Next& next) {
+  Next ahead = next;  // in registers
   Floats sums[kR][kV];
   for (int r = 0; r < kR; ++r)
     for (int v = 0; v < kV; ++v) sums[r][v] = add ? Load(c + r * c_row + v * kLanes) : Floats{};
   for (long k = 0; k < depth; ++k) {
-    if (k % kEvery == 0) ahead.Ask();
+    ahead.template Step<kR>(k);
     Floats right[kV];
     for (int v = 0; v < kV; ++v) right[v] = Load(b + k * b_row + v * kLanes);
     for (int r = 0; r < kR; ++r) {
@@ -273,7 +287,7 @@ inline void Tile(const float* a, long a_row, const T* b, long b_row, float* c, l
   }
   for (int r = 0; r < kR; ++r)
     for (int v = 0; v < kV; ++v) Store(c + r * c_row + v * kLanes, sums[r][v]);
-  soon = ahead;
+  next = ahead;
 }
 
 template <class T, int kV>

@@ -38,11 +38,12 @@ class Lines {
 
 // c [kN, c_row] = w [kN, depth] times x [kM, depth], both along their rows.
 template <int kN, int kM, class E>
-void Dot(const E* w, long depth, const float* x, float* c, long c_row, const char* next) {
+void Dot(const E* w, long depth, const float* x, float* c, long c_row, Ahead& next) {
   constexpr long kNumbers = 64 / sizeof(E);  // of a line
+  Ahead ahead = next;  // in registers
   Floats sums[kN][kM] = {};
   for (long k = 0; k < depth; k += kNumbers) {
-    next = Ahead<kN>(next);
+    ahead.Ask<kN>();
     for (long i = k; i < k + kNumbers; i += kLanes) {
       Floats right[kM];
       for (int m = 0; m < kM; ++m) right[m] = Load(x + m * depth + i);
@@ -54,6 +55,7 @@ void Dot(const E* w, long depth, const float* x, float* c, long c_row, const cha
   }
   for (int n = 0; n < kN; ++n)
     for (int m = 0; m < kM; ++m) c[n * c_row + m] = Sum(sums[n][m]);
+  next = ahead;
 }
 
 template <class E>
@@ -73,7 +75,7 @@ class Dots {
 
   const E* Take(const E* rows, Lines<float>&) const { return rows; }
 
-  void Multiply(const E* w, const float* x, long tokens, float* c, const char* next) const {
+  void Multiply(const E* w, const float* x, long tokens, float* c, Ahead& next) const {
     if (tokens <= 1) return Rows<1>(w, x, c, next);
     if (tokens <= 2) return Rows<2>(w, x, c, next);
     if (tokens <= 4) return Rows<4>(w, x, c, next);
@@ -82,11 +84,10 @@ class Dots {
 
  private:
   template <int kM>
-  void Rows(const E* w, const float* x, float* c, const char* next) const {
+  void Rows(const E* w, const float* x, float* c, Ahead& next) const {
     constexpr int kN = kTogether / kM;
     for (long n = 0; n < kRows; n += kN)
-      Dot<kN, kM>(w + n * depth_, depth_, x, c + n * kTogether, kTogether,
-                  next ? next + n * depth_ * static_cast<long>(sizeof(E)) : next);
+      Dot<kN, kM>(w + n * depth_, depth_, x, c + n * kTogether, kTogether, next);
   }
 
   const long depth_;
@@ -122,8 +123,7 @@ class Broadcasts {
     }
   }
 
-  void Multiply(const float* w, const float* x, long tokens, float* c, const char* next) const {
-    if (sizeof(E) != sizeof(float)) next = nullptr;
+  void Multiply(const float* w, const float* x, long tokens, float* c, Ahead& next) const {
     if (tokens <= kLanes) return Rows<12, 1>(w, x, c, next);
     if constexpr (kVectors > 2)
       if (tokens <= 2 * kLanes) return Rows<12, 2>(w, x, c, next);
@@ -132,11 +132,10 @@ class Broadcasts {
 
  private:
   template <int kR, int kV>
-  void Rows(const float* w, const float* x, float* c, const char* next) const {
-    Soon soon{next, 64 * kR, next ? kRows / kR * depth_ / kLine : 0, kR};
+  void Rows(const float* w, const float* x, float* c, Ahead& next) const {
     for (long n = 0; n < kRows; n += kR)
-      Tile<float, kR, kV, kLine>(w + n * depth_, depth_, x, kTogether, c + n * kTogether,
-                                 kTogether, depth_, false, soon);
+      Tile<float, kR, kV>(w + n * depth_, depth_, x, kTogether, c + n * kTogether, kTogether,
+                          depth_, false, next);
   }
 
   const long depth_;
@@ -165,21 +164,20 @@ class WeightsInTiles {
 
   const BFloat16* Take(const BFloat16* rows, Lines<float>&) const { return rows; }
 
-  void Multiply(const BFloat16* w, const float* x, long tokens, float* c, const char* next) const {
+  void Multiply(const BFloat16* w, const float* x, long tokens, float* c, Ahead& next) const {
     if (tokens <= kTile) return Tall(w, x, c, next);
     Square(w, x, c, next);
     const long half = 2 * kTile * depth_;
-    Square(w + half, x, c + 2 * kTile * kTogether,
-           next ? next + half * static_cast<long>(sizeof(BFloat16)) : next);
+    Square(w + half, x, c + 2 * kTile * kTogether, next);
   }
 
  private:
   // Four tiles of rows, one of tokens.
-  void Tall(const BFloat16* w, const float* x, float* c, const char* next) const {
+  void Tall(const BFloat16* w, const float* x, float* c, Ahead& next) const {
     const long w_bytes = depth_ * 2, c_bytes = kTogether * 4, tall = kTile * depth_;
     ClearSums();
     for (long k = 0; k < depth_; k += kDepth) {
-      next = Ahead<4 * kTile>(next);
+      next.Ask<4 * kTile>();
       _tile_loadd(6, x + k * kTile / 2, 64);
       _tile_loadd(4, w + k, w_bytes);
       _tile_dpbf16ps(0, 4, 6);
@@ -197,13 +195,13 @@ class WeightsInTiles {
   }
 
   // Two tiles of rows, two of tokens.
-  void Square(const BFloat16* w, const float* x, float* c, const char* next) const {
+  void Square(const BFloat16* w, const float* x, float* c, Ahead& next) const {
     const long w_bytes = depth_ * 2, c_bytes = kTogether * 4;
     const BFloat16* const below = w + kTile * depth_;
     const float* const beside = x + kTile * depth_ / 2;
     ClearSums();
     for (long k = 0; k < depth_; k += kDepth) {
-      next = Ahead<2 * kTile>(next);
+      next.Ask<2 * kTile>();
       _tile_loadd(4, w + k, w_bytes);
       _tile_loadd(6, x + k * kTile / 2, 64);
       _tile_dpbf16ps(0, 4, 6);
