@@ -2,9 +2,10 @@
 
 import html
 import logging
+import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -68,6 +69,14 @@ Prompts = str | dict[str, Any] | Sequence[int] | Sequence[str | dict[str, Any] |
 Params = SamplingParams | Sequence[SamplingParams] | None
 OnError = Literal["raise", "return"]
 WarmUp = Literal["lazy", "background", "full"]
+
+
+def _is_exiting(
+    is_finalizing: Callable[[], bool] = sys.is_finalizing,
+    main_thread: Callable[[], threading.Thread] = threading.main_thread,
+) -> bool:
+    # Bound early: while Python ends, modules lose what is in them.
+    return is_finalizing() or not main_thread().is_alive()
 
 
 class LLM(metaclass=ExplainsKeywords):
@@ -849,9 +858,9 @@ class LLM(metaclass=ExplainsKeywords):
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
+    def __del__(self, is_exiting: Callable[[], bool] = _is_exiting) -> None:
         # After a failed __init__ there may be no engine; at exit, no JAX to free with.
-        if getattr(self, "_engine", None) is not None and not _is_exiting():
+        if getattr(self, "_engine", None) is not None and not is_exiting():
             self.close()
 
     def __repr__(self) -> str:
@@ -921,10 +930,6 @@ def _generator(seed: int | None) -> np.random.Generator:
     if seed is not None and (as_integer(seed) is None or seed < 0):
         raise ConfigError(f"seed={seed!r} must be an integer of at least 0.")
     return np.random.default_rng(seed)
-
-
-def _is_exiting() -> bool:
-    return not threading.main_thread().is_alive()
 
 
 def _summary(name: str, plan: Plan, where: Sequence[Sharder], seconds: float) -> str:

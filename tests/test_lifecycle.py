@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from jaxllm import LLM, CheckpointError, ConfigError, RequestError, SamplingParams
+from jaxllm import llm as llm_module
 from tests.interrupts import Interrupts, count_events
 from tests.tiny import Naive, random_prompts, tiny_model
 
@@ -106,6 +107,17 @@ def test_del_frees_the_arrays_at_once(checkpoints):
     del llm  # no collection: there must be no cycle to collect
 
     assert len(jax.live_arrays()) == live
+
+
+def test_del_asks_no_module_that_has_ended(checkpoints, monkeypatch):
+    """While Python ends, modules lose what is in them before their last objects go."""
+    llm = LLM(checkpoints(), **SMALL)
+    monkeypatch.setattr(threading, "main_thread", None)
+    monkeypatch.setattr(llm_module, "_is_exiting", None)
+
+    llm.__del__()
+
+    assert "closed" in repr(llm)
 
 
 def test_cell_that_is_run_again_frees_the_former_model_without_a_collection(checkpoints):

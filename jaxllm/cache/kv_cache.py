@@ -92,9 +92,7 @@ def unmapped(zeros: jax.Array, huge_pages: bool) -> jax.Array:
         last = (start + shard.data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         for advice in advices if last > first else ():
             # What it returns is of no use: where the system cannot, the zeros stay as they are.
-            ctypes.CDLL(None).madvise(
-                ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice
-            )
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
     return zeros
 
 

@@ -100,11 +100,13 @@ void Attend(const Step<E>& s, const Unit& u, const Unit* next, long rows, Scratc
   for (long part = u.FirstPart(s.window); part < u.End(); part += kPart) {
     const long n = std::min(kPart, u.End() - part), columns = RoundUp(n);
     Soon keys, values;
-    if (part + kPart < u.End())
-      keys = KeysOf(s, u, part + kPart), values = ValuesOf(s, u, part + kPart);
-    else if (next)
-      keys = KeysOf(s, *next, next->FirstPart(s.window)),
+    if (part + kPart < u.End()) {
+      keys = KeysOf(s, u, part + kPart);
+      values = ValuesOf(s, u, part + kPart);
+    } else if (next) {
+      keys = KeysOf(s, *next, next->FirstPart(s.window));
       values = ValuesOf(s, *next, next->FirstPart(s.window));
+    }
     products.Score(sums.scores, part, n, columns, keys);
     Softmax(s, u, sums, rows, padded, part, n, columns);
     products.Gather(sums.scores, sums.out, part, n, columns, values);

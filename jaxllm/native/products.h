@@ -1,8 +1,8 @@
 // The two products of a unit with a part of the keys: queries with keys, probabilities with values.
 //
-// Each asks for what is read `soon`. A class has both, over the same scratch: `InFloat32` for every processor, `InTiles` for those
-// that multiply bfloat16 matrices. Right sides are read as they lie in the cache, keys [D, S] and
-// values [S, D], or from a copy.
+// Each asks for what is read `soon`. A class has both, over the same scratch: `InFloat32` for every
+// processor, `InTiles` for those that multiply bfloat16 matrices. Right sides are read as they lie
+// in the cache, keys [D, S] and values [S, D], or from a copy.
 
 #ifndef JAXLLM_NATIVE_PRODUCTS_H_
 #define JAXLLM_NATIVE_PRODUCTS_H_
@@ -68,8 +68,7 @@ class InFloat32 {
   void Score(float* scores, long part, long n, long columns, Soon soon) {
     if (as_they_lie_) {
       const E* keys = s_.Keys(u_.head, s_.Page(u_.row, part)) + part % s_.S;
-      return Multiply(queries_, s_.D, keys, s_.S, scores, kPart, rows_, s_.D, columns, false,
-                      soon);
+      return Multiply(queries_, s_.D, keys, s_.S, scores, kPart, rows_, s_.D, columns, false, soon);
     }
     ForEachRun(s_, u_.row, part, n, [&](long at, long page, long offset, long run) {
       const E* from = s_.Keys(u_.head, page) + offset;

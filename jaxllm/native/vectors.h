@@ -1,5 +1,5 @@
-// Vectors of float32 as GCC and Clang write them for any processor, 16-bit floats among them,
-// and the one matrix product that attention needs.
+// Vectors of float32 as GCC and Clang write them for any processor, 16-bit floats among them, and
+// the matrix product of attention and of weights, which asks for memory ahead.
 //
 // Everything here has internal linkage: it is compiled for the processor it runs on.
 

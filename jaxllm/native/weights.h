@@ -40,7 +40,7 @@ class Lines {
 template <int kN, int kM, class E>
 void Dot(const E* w, long depth, const float* x, float* c, long c_row, Ahead& next) {
   constexpr long kNumbers = 64 / sizeof(E);  // of a line
-  Ahead ahead = next;  // in registers
+  Ahead ahead = next;                        // in registers
   Floats sums[kN][kM] = {};
   for (long k = 0; k < depth; k += kNumbers) {
     ahead.Ask<kN>();

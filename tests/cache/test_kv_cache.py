@@ -48,6 +48,28 @@ def test_a_cache_takes_the_memory_of_the_pages_that_are_used():
     assert not np.asarray(values).any()
 
 
+def advice(address):
+    """Flags of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"{address:x} is not mapped")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has none"
+)
+@pytest.mark.parametrize("huge_pages", [False, True])
+def test_huge_pages_are_asked_for_where_pages_in_use_lie_side_by_side(huge_pages):
+    for array in allocate(shapes(8192), huge_pages=huge_pages)[0]:
+        middle = array.unsafe_buffer_pointer() + array.nbytes // 2
+        assert ("hg" in advice(middle)) == huge_pages
+        assert not np.asarray(array).any()
+
+
 def test_what_a_test_fills_it_with_is_kept():
     ((keys, values),) = allocate(shapes(64), lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
     assert np.isnan(keys).all()

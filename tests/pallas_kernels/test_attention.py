@@ -110,11 +110,13 @@ def test_every_number_of_heads_in_a_group(group, tuning):
     np.testing.assert_allclose(out[: case.num_tokens], want, atol=1e-5)
 
 
-def test_keys_in_parts_want_the_order_that_they_are_gathered_in():
+def test_each_way_wants_the_orders_that_it_reads():
     with pytest.raises(ValueError, match="keys_at_once=64 is for orders KPDS, KPSD: PSKD, PSKD"):
         dataclasses.replace(TUNING["gpu"], keys_at_once=64)
     with pytest.raises(ValueError, match="keys_at_once=0 is for orders PSKD, PSKD: KPDS, KPSD"):
         dataclasses.replace(TUNING["cpu"], keys_at_once=0)
+    with pytest.raises(ValueError, match="a kernel is for orders PKDS, PKSD: KPDS, KPSD"):
+        dataclasses.replace(TUNING["cpu"], target="a kernel")
 
 
 def test_bfloat16_is_close():
