@@ -261,7 +261,7 @@ struct Ahead {
     at += 64 * kLines;
   }
 
-  // In a product of kR rows that this is what follows, as many lines as it reads.
+  // This follows the kR rows of a product's left side, and is asked for as fast as they are read.
   template <int kR>
   JAXLLM_PREFETCHES void Step(long k) {
     if (k % kLine == 0) Ask<kR>();
