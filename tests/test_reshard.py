@@ -351,11 +351,11 @@ def test_no_room_for_the_new_cache_puts_everything_back(llm, expected, monkeypat
 
     original, calls = module.allocate, []
 
-    def fails(*args):
+    def fails(*args, **options):
         calls.append(args)
         if len(calls) == 1:
             raise MemoryError("no room")
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(module, "allocate", fails)
 
