@@ -107,8 +107,11 @@ class Detokenizer:
             self._pending, self._num_out = [], 0
         elif len(self._pending) > UNFINISHED:
             # Fewer may yet get a text: a first space that comes back with the next token, or
-            # bytes that this tokenizer does not show until they are a character.
-            self._pending = self._pending[1:]
+            # bytes that this tokenizer does not show until they are a character. The oldest stays
+            # between those before it and those behind it: they are not one character.
+            oldest, self._pending = self._pending[:1], self._pending[1:]
+            self._context = [*self._context, *oldest][-(CONTEXT + UNFINISHED) :]
+            self._before = self._decode(self._context)
 
     def _drop_oldest(self, text: str) -> str:
         """Forgets the oldest pending token, which the unfinished character has no part of."""

@@ -208,6 +208,20 @@ def test_any_tokens_give_the_same_text_one_by_one_and_at_once(name, data):
 
 
 @pytest.mark.parametrize("name", BYTES)
+def test_bytes_with_others_between_them_are_no_character(name):
+    """The prompt ends with the first byte of U+0380; its second comes behind another."""
+    prompt = [*encode(name, "x"), byte_token(name, 0xCE)]
+    tokens = [byte_token(name, 0xE0), byte_token(name, 0x80), *encode(name, "日本語")]
+    stream = TextStream(TOKENIZERS[name], prompt, settings_of())
+
+    seen, _ = stream_through(stream, tokens)
+
+    assert seen[-1] == text_of(TOKENIZERS[name], prompt, tokens, settings_of(), False)
+    assert seen[-1].endswith("日本語")
+    assert "\u0380" not in seen[-1]
+
+
+@pytest.mark.parametrize("name", BYTES)
 @settings(max_examples=150, deadline=None)
 @given(before=texts, text=texts)
 def test_text_comes_back_as_it_was(name, before, text):
