@@ -76,8 +76,9 @@ def allocate(
 def unmapped(zeros: jax.Array, huge_pages: bool) -> jax.Array:
     """Gives the memory of an array of zeros back to the system until it is written; returns it.
 
-    Linux maps such pages as zeros again when they are used. So a cache takes the memory of the
-    pages that sequences have had, and not of all. Elsewhere, and on devices, it does nothing.
+    Linux maps such pages as zeros again when they are used, with `huge_pages` in large ones. So a
+    cache takes the memory of the pages that sequences have had, and not of all. Elsewhere, and on
+    devices, it does nothing.
     """
     if sys.platform != "linux":
         return zeros
@@ -90,9 +91,10 @@ def unmapped(zeros: jax.Array, huge_pages: bool) -> jax.Array:
         start = shard.data.block_until_ready().unsafe_buffer_pointer()
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (start + shard.data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        for advice in advices if last > first else ():
+        length = max(0, last - first)  # a small array may have no page of its own
+        for advice in advices:
             # What it returns is of no use: where the system cannot, the zeros stay as they are.
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), advice)
     return zeros
 
 
