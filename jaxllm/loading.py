@@ -41,7 +41,6 @@ from jaxllm.modeling.config import ModelConfig, with_length
 from jaxllm.modeling.fitting import fit, unfit
 from jaxllm.modeling.manifest import Manifest, read_manifest
 from jaxllm.native.build import why_not_compiled
-from jaxllm.pallas_kernels.attention.spec import TUNING
 from jaxllm.peers import peers_of
 from jaxllm.sampling_params import as_integer
 from jaxllm.sharding.apply import Sharder
@@ -57,7 +56,7 @@ DEFAULTS = {
     "cpu": {
         "max_num_seqs": 64,
         "max_num_batched_tokens": 2048,
-        "page_size": TUNING["cpu"].keys_at_once,  # so that a part of the keys is a page as it lies
+        "page_size": 32,  # the shortest that the compiled kernel reads as it lies (`kPage`)
         "memory_fraction": 0.9,
         "narrowest": 4096,  # attention ends with the last key, however wide the table is
         "max_decode_steps": 1,  # a launch costs little beside a step

@@ -39,6 +39,7 @@ from jaxllm.pallas_kernels.attention import (
     Tuning,
     compiled_tuning_for,
 )
+from jaxllm.pallas_kernels.greatest import compiled_greatest_for
 from jaxllm.pallas_kernels.linear import compiled_linear_for
 from jaxllm.sampler import Vocabulary, choose, score_tokens
 from jaxllm.settings import compiler_options, platform_of
@@ -166,7 +167,10 @@ class ProgramBuilder:
     @property
     def vocabulary(self) -> Vocabulary:
         """How the columns of the logits are to be read."""
-        return Vocabulary(self.model.vocab_size, self.sharder)
+        mesh = self.sharder.mesh
+        platform = mesh.devices.flat[0].platform
+        kernel = compiled_greatest_for(platform, mesh.size, self.engine.dtype)
+        return Vocabulary(self.model.vocab_size, self.sharder, kernel)
 
     @property
     def tuning(self) -> Tuning:

@@ -24,6 +24,7 @@ from jaxllm.inputs import (
     StepInputs,
     StepOutputs,
 )
+from jaxllm.pallas_kernels.greatest import compiled_greatest
 from jaxllm.sharding.apply import Sharder
 
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -42,6 +43,9 @@ class Vocabulary:
     sharder: Sharder | None = None
     """Where equal parts lie on devices of their own. Whatever is asked of a row is asked of each
     part, and the answers are combined: a row is never gathered."""
+
+    greatest: str = ""
+    """What finds the greatest of a row, as `compiled_greatest_for` names it; empty: XLA."""
 
 
 WHOLE = Vocabulary()
@@ -103,6 +107,8 @@ def greatest(logits: jax.Array, vocabulary: Vocabulary = WHOLE) -> tuple[jax.Arr
     Returns:
         int32 [B] and bool [B].
     """
+    if vocabulary.greatest:
+        return compiled_greatest(logits, vocabulary.greatest)
     sharder = vocabulary.sharder
     if sharder is not None and sharder.layout.split("vocab") > 1:
         return _greatest(logits)  # each device its own, and once combined
@@ -162,9 +168,11 @@ def choose(
     if flags.sampled:
         noise = gumbel_noise(sampling.seeds, inputs.kv_lens, logits.shape[1])
         noisy = jnp.where((sampling.temperature == 0)[:, None], processed, processed + noise)
-    tokens, _ = greatest(noisy, vocabulary)
+    tokens, finite = greatest(noisy, vocabulary)
+    if noisy is not logits:
+        finite = greatest(logits, vocabulary)[1]
     # A NaN or +inf makes the maximum so; rows that do not sample may hold anything.
-    finite = greatest(logits, vocabulary)[1] | ~live
+    finite |= ~live
     possible = finite
     if flags.edits or flags.mask_words:
         possible = (jnp.max(processed, axis=-1) > -jnp.inf) | ~finite | ~live

@@ -204,7 +204,7 @@ def test_programs_by_length_are_only_for_attention_that_pays_for_it(
     assert len(Buckets(engine).widths) == num_widths
 
 
-@pytest.mark.parametrize(("platform", "size"), [("cpu", 64), ("gpu", 16)])
+@pytest.mark.parametrize(("platform", "size"), [("cpu", 32), ("gpu", 16)])
 def test_pages_are_of_the_platform_unless_they_are_asked_for(platform, size):
     device = SimpleNamespace(platform=platform)
 

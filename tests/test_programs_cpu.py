@@ -36,7 +36,19 @@ def test_compiled_attention_is_one_call_a_layer_and_copies_nothing(what, checkpo
     assert found.alias_bytes == found.state_bytes
     assert found.copies == ()
     if dtype == "bfloat16":  # into attention and out of it, the model's own type
-        assert set(re.findall(r"= \((\w+)\[[^)]*\) custom-call", found.hlo)) == {"bf16"}
+        results = r"= \((\w+)\[[^)]*\) custom-call\(.*\"jaxllm_paged_attention_"
+        assert re.findall(results, found.hlo) == ["bf16"] * found.num_layers
+
+
+def test_the_greatest_token_is_one_call_and_nothing_else_is_as_large_as_the_logits(
+    what, checkpoints, dtype
+):
+    found = inspect(checkpoints("llama"), what, context=64, dtype=dtype, **STEPS[what])
+
+    calls = re.findall(r"custom-call\((.*)\), custom_call_target=\"jaxllm_greatest_", found.hlo)
+    assert len(calls) == 1
+    logits = re.search(rf"{re.escape(calls[0])} = f32(\[\d+,\d+\])", found.hlo)[1]
+    assert re.findall(rf"(%\S+) = \w+{re.escape(logits)}", found.hlo) == calls
 
 
 @pytest.mark.parametrize("in_tiles", [True, False])

@@ -2,7 +2,7 @@
 //
 // The tokens of a step are laid out by the host (`jaxllm/batch.py`): rows with one token each, then
 // query blocks of the chunks of longer rows. A unit of work is some tokens of one row and the query
-// heads of one KV head, against parts of kPart keys (`products.h`). The softmax is that of Milakov
+// heads of one KV head, against parts of the keys (`products.h`). The softmax is that of Milakov
 // and Gimelshein (arXiv:1805.02867): a running maximum, and sums that are scaled when it grows.
 
 #include <type_traits>
@@ -24,14 +24,16 @@ constexpr float kMasked = -1e30f;
 
 using Element = JAXLLM_ELEMENT;  // what queries, keys and values are: the compiler's command says
 
-// What is summed over the parts, for each row of queries.
+// What is summed over the parts of so many keys, for each row of queries.
 struct Sums {
-  float *scores, *out;    // [rows, kPart]; [rows, padded D], scaled by the maximum so far
+  const long keys;
+  float *scores, *out;    // [rows, keys]; [rows, padded D], scaled by the maximum so far
   float *highest, *rest;  // [rows]: that maximum, and what it made of what was summed before
   float* total;           // [rows, kLanes]: the sum of probabilities, a part of it in each lane
 
-  Sums(Scratch& scratch, long rows, long padded)
-      : scores(Room(scratch.scores, rows * kPart)),
+  Sums(Scratch& scratch, long rows, long padded, long keys)
+      : keys(keys),
+        scores(Room(scratch.scores, rows * keys)),
         out(Room(scratch.out, rows * padded)),
         highest(Room(scratch.highest, RoundUp(rows))),
         rest(Room(scratch.rest, RoundUp(rows))),
@@ -61,20 +63,20 @@ inline float Mask(const Step<E>& s, float* scores, long low, long high, long col
 }
 
 // Turns the scores of a part into probabilities, of which the largest so far is 1, and scales what
-// was summed before. A row has `columns` of them, whole vectors, of which `n` are of keys.
+// was summed before. A row has `columns` of them, whole vectors, the first of which are of keys.
 template <class E>
-void Softmax(const Step<E>& s, const Unit& u, const Sums& sums, long rows, long padded, long part,
-             long n, long columns) {
+void Softmax(const Step<E>& s, const Unit& u, const Sums& sums, long rows, long padded,
+             const Part& part, long columns) {
   for (long r = 0; r < rows; ++r) {
-    const long next = u.position + r / s.G + 1 - part;  // one past the query's own key
+    const long next = u.position + r / s.G + 1 - part.begin;  // one past the query's own key
     sums.rest[r] = sums.highest[r];
-    sums.highest[r] = Mask(s, sums.scores + r * kPart, s.window ? next - s.window : 0,
-                           std::min(n, next), columns, sums.highest[r]);
+    sums.highest[r] = Mask(s, sums.scores + r * sums.keys, s.window ? next - s.window : 0,
+                           std::min(part.Size(), next), columns, sums.highest[r]);
   }
   for (long r = 0; r < rows; r += kLanes)
     Store(sums.rest + r, Exp(Load(sums.rest + r) - Load(sums.highest + r)));
   for (long r = 0; r < rows; ++r) {
-    float* const scores = sums.scores + r * kPart;
+    float* const scores = sums.scores + r * sums.keys;
     Floats total = Load(sums.total + r * kLanes) * sums.rest[r];
     for (long j = 0; j < columns; j += kLanes) {
       const Floats x = Load(scores + j);
@@ -91,25 +93,20 @@ void Softmax(const Step<E>& s, const Unit& u, const Sums& sums, long rows, long 
 
 // ------------------------------------------------------------------ a unit
 
-// Attends of a unit, and asks for what `next` begins with, if there is one.
+// Attends of a unit, and asks for what `after` begins with, if there is one.
 template <class Products, class E>
-void Attend(const Step<E>& s, const Unit& u, const Unit* next, long rows, Scratch& scratch) {
+void Attend(const Step<E>& s, const Unit& u, const Unit* after, long rows, Scratch& scratch) {
+  constexpr long kKeys = Products::kKeys;
   const long padded = RoundUp(s.D);
   Products products(s, u, rows, scratch);
-  const Sums sums(scratch, RoundUp(rows, Products::kWholeRows), padded);
-  for (long part = u.FirstPart(s.window); part < u.End(); part += kPart) {
-    const long n = std::min(kPart, u.End() - part), columns = RoundUp(n);
-    Soon keys, values;
-    if (part + kPart < u.End()) {
-      keys = KeysOf(s, u, part + kPart);
-      values = ValuesOf(s, u, part + kPart);
-    } else if (next) {
-      keys = KeysOf(s, *next, next->FirstPart(s.window));
-      values = ValuesOf(s, *next, next->FirstPart(s.window));
-    }
-    products.Score(sums.scores, part, n, columns, keys);
-    Softmax(s, u, sums, rows, padded, part, n, columns);
-    products.Gather(sums.scores, sums.out, part, n, columns, values);
+  const Sums sums(scratch, RoundUp(rows, Products::kWholeRows), padded, kKeys);
+  for (Part part = u.First(kKeys, s.window), next; part.Size() > 0; part = next) {
+    next = u.At(part.begin + kKeys, kKeys);
+    const Part soon = next.Size() > 0 || !after ? next : after->First(kKeys, s.window);
+    const long columns = RoundUp(part.Size());
+    products.Score(part, sums.scores, columns, soon);
+    Softmax(s, u, sums, rows, padded, part, columns);
+    products.Gather(part, sums.scores, sums.out, columns, soon);
   }
   for (long r = 0; r < rows; ++r) {
     E* const to = s.out + u.Offset(s, r);
@@ -120,14 +117,15 @@ void Attend(const Step<E>& s, const Unit& u, const Unit* next, long rows, Scratc
 }
 
 template <class E>
-void Attend(const Step<E>& s, const Unit& u, const Unit* next = nullptr) {
+void Attend(const Step<E>& s, const Unit& u, const Unit* after = nullptr) {
   static thread_local Scratch scratch;
   const long rows = u.tokens * s.G;
 #ifdef JAXLLM_TILES
   if constexpr (std::is_same_v<E, BFloat16>)
-    if (InTiles::Serves(s, rows)) return Attend<InTiles>(s, u, next, rows, scratch);
+    if (InTiles::Serves(s, rows)) return Attend<InTiles>(s, u, after, rows, scratch);
 #endif
-  Attend<InFloat32<E>>(s, u, next, rows, scratch);
+  if (AsTheyLie<E>::Serves(s, rows)) return Attend<AsTheyLie<E>>(s, u, after, rows, scratch);
+  Attend<Copied<E>>(s, u, after, rows, scratch);
 }
 
 // Heads [begin, end) of a row with one token.
@@ -136,8 +134,8 @@ void AttendHeads(const Step<E>& s, long row, long begin, long end) {
   if (s.kv_lens[row] == 0)
     return Clear(s.out + (row * s.H + begin * s.G) * s.D, (end - begin) * s.G * s.D);
   Unit u{row, begin, row, 1, s.kv_lens[row] - 1};
-  KeysOf(s, u, u.FirstPart(s.window)).AskAll();
-  ValuesOf(s, u, u.FirstPart(s.window)).AskAll();
+  AskForKeys(s, u.First(kPage, s.window));
+  AskForValues(s, u.First(kPage, s.window));
   for (; u.head < end; ++u.head) {
     Unit next = u;
     Attend(s, u, ++next.head < end ? &next : nullptr);

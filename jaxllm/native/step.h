@@ -15,7 +15,8 @@
 namespace jaxllm {
 namespace {
 
-constexpr long kPart = 64;  // keys at once: a multiple of kLanes and of a tile's depth
+// Keys of a page are read as they lie where they are so many, or a multiple: of kLanes, too.
+constexpr long kPage = 32;
 
 template <class E>
 constexpr long LinesOf(long count) {  // of the cache, for so many numbers
@@ -46,16 +47,26 @@ struct Step {
   }
 };
 
+// Keys [begin, end) of a row, and their values, of one KV head.
+struct Part {
+  long row = 0, head = 0, begin = 0, end = 0;
+
+  long Size() const { return end - begin; }
+};
+
 // Some tokens of a row, and the queries of one KV head: rows of a matrix, a token's G together.
 struct Unit {
   long row, head, token, tokens, position;  // of the first token, in its sequence
 
   long End() const { return position + tokens; }  // one past the last key that is seen
 
-  long FirstPart(long window) const {
+  // The first of the parts of so many keys.
+  Part First(long keys, long window) const {
     const long first = window && position + 1 > window ? position + 1 - window : 0;
-    return first / kPart * kPart;
+    return At(first / keys * keys, keys);
   }
+
+  Part At(long begin, long keys) const { return {row, head, begin, std::min(begin + keys, End())}; }
 
   template <class E>
   long Offset(const Step<E>& s, long r) const {  // of a query, in q and in out
@@ -63,22 +74,40 @@ struct Unit {
   }
 };
 
-// What is read of a part, to be asked for ahead; nothing of pages that are shorter than a part.
-// Pages lie anywhere in memory: from one of them the processor can't tell the next.
+// Calls `body(run)` for each piece of a part that lies in one page.
+template <class E, class Body>
+void ForEachRun(const Step<E>& s, const Part& part, const Body& body) {
+  for (Part run = part; run.begin < part.end; run.begin = run.end) {
+    run.end = std::min(part.end, run.begin + s.S - run.begin % s.S);
+    body(run);
+  }
+}
+
+// Where the first key of a part lies, [D, S], and its value, [S, D].
 template <class E>
-inline Soon KeysOf(const Step<E>& s, const Unit& u, long part) {
-  if (s.S % kPart) return {};
-  const E* const from = s.Keys(u.head, s.Page(u.row, part)) + part % s.S;
-  return {reinterpret_cast<const char*>(from), s.S * static_cast<long>(sizeof(E)), s.D,
-          LinesOf<E>(std::min(kPart, u.End() - part))};
+inline const E* KeysAt(const Step<E>& s, const Part& part) {
+  return s.Keys(part.head, s.Page(part.row, part.begin)) + part.begin % s.S;
 }
 
 template <class E>
-inline Soon ValuesOf(const Step<E>& s, const Unit& u, long part) {
-  if (s.S % kPart) return {};
-  const E* const from = s.Values(u.head, s.Page(u.row, part)) + part % s.S * s.D;
-  return {reinterpret_cast<const char*>(from), s.D * static_cast<long>(sizeof(E)),
-          std::min(kPart, u.End() - part), LinesOf<E>(s.D)};
+inline const E* ValuesAt(const Step<E>& s, const Part& part) {
+  return s.Values(part.head, s.Page(part.row, part.begin)) + part.begin % s.S * s.D;
+}
+
+// What is read of a part within one page, to be asked for ahead; nothing of an empty one. Pages lie
+// anywhere in memory: from one of them the processor can't tell the next.
+template <class E>
+inline Soon KeysOf(const Step<E>& s, const Part& part) {
+  if (part.Size() <= 0) return {};
+  return {reinterpret_cast<const char*>(KeysAt(s, part)), s.S * static_cast<long>(sizeof(E)), s.D,
+          LinesOf<E>(part.Size())};
+}
+
+template <class E>
+inline Soon ValuesOf(const Step<E>& s, const Part& part) {
+  if (part.Size() <= 0) return {};
+  return {reinterpret_cast<const char*>(ValuesAt(s, part)), s.D * static_cast<long>(sizeof(E)),
+          part.Size(), LinesOf<E>(s.D)};
 }
 
 template <class E>

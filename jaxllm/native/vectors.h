@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace jaxllm {
 namespace {
@@ -268,25 +269,102 @@ struct Ahead {
   }
 };
 
+// A row of the right side, kV vectors of it.
+template <int kV, class T>
+inline void LoadRow(const T* from, Floats* to) {
+  for (int v = 0; v < kV; ++v) to[v] = Load(from + v * kLanes);
+}
+
+// Of bfloat16, two vectors at once are widened by a shift and a mask: then the first has the
+// numbers at even places, and the second those at odd ones.
+template <class T, int kV>
+constexpr bool kSplit = std::is_same_v<T, BFloat16> && kV % 2 == 0;
+
+template <int kV>
+inline void LoadRow(const BFloat16* from, Floats* to) {
+  if constexpr (kSplit<BFloat16, kV>) {
+    for (int v = 0; v < kV; v += 2) {
+      Bits pairs;
+      std::memcpy(&pairs, from + v * kLanes, sizeof pairs);
+      to[v] = reinterpret_cast<Floats>(pairs << 16);
+      to[v + 1] = reinterpret_cast<Floats>(pairs & 0xffff0000);
+    }
+  } else {
+    for (int v = 0; v < kV; ++v) to[v] = Load(from + v * kLanes);
+  }
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+inline Floats Chosen(const Floats* two, Ints which) {
+  return __builtin_shuffle(two[0], two[1], which);
+}
+#else
+inline Floats Chosen(const Floats* two, Ints which) {
+  float numbers[2 * kLanes];
+  Store(numbers, two[0]);
+  Store(numbers + kLanes, two[1]);
+  Floats chosen;
+  for (int lane = 0; lane < kLanes; ++lane) chosen[lane] = numbers[which[lane]];
+  return chosen;
+}
+#endif
+
+// Two vectors side by side become numbers at even and at odd places, and the other way round.
+inline void Split(Floats* two) {
+  Ints even, odd;
+  for (int lane = 0; lane < kLanes; ++lane) even[lane] = 2 * lane, odd[lane] = 2 * lane + 1;
+  const Floats first = Chosen(two, even);
+  two[1] = Chosen(two, odd);
+  two[0] = first;
+}
+
+inline void Join(Floats* two) {
+  Ints low, high;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    low[lane] = lane / 2 + lane % 2 * kLanes;
+    high[lane] = low[lane] + kLanes / 2;
+  }
+  const Floats first = Chosen(two, low);
+  two[1] = Chosen(two, high);
+  two[0] = first;
+}
+
 // c [kR, kV vectors] (+)= a [kR, depth] b [depth, kV vectors]. `Next` is `Soon` or `Ahead`.
 template <class T, int kR, int kV, class Next>
 inline void Tile(const float* a, long a_row, const T* b, long b_row, float* c, long c_row,
                  long depth, bool add, Next& next) {
   Next ahead = next;  // in registers
   Floats sums[kR][kV];
-  for (int r = 0; r < kR; ++r)
+  for (int r = 0; r < kR; ++r) {
     for (int v = 0; v < kV; ++v) sums[r][v] = add ? Load(c + r * c_row + v * kLanes) : Floats{};
-  for (long k = 0; k < depth; ++k) {
+    if constexpr (kSplit<T, kV>)
+      for (int v = 0; add && v < kV; v += 2) Split(sums[r] + v);
+  }
+  const auto sum = [&](long k, Floats(&to)[kR][kV]) __attribute__((always_inline)) {
     ahead.template Step<kR>(k);
     Floats right[kV];
-    for (int v = 0; v < kV; ++v) right[v] = Load(b + k * b_row + v * kLanes);
+    LoadRow<kV>(b + k * b_row, right);
     for (int r = 0; r < kR; ++r) {
       const float left = a[r * a_row + k];
-      for (int v = 0; v < kV; ++v) sums[r][v] += left * right[v];
+      for (int v = 0; v < kV; ++v) to[r][v] += left * right[v];
     }
+  };
+  long k = 0;
+  if constexpr (kR * kV <= 4) {  // so few that each would wait for itself
+    Floats others[kR][kV] = {};
+    for (; k + 2 <= depth; k += 2) {
+      sum(k, sums);
+      sum(k + 1, others);
+    }
+    for (int r = 0; r < kR; ++r)
+      for (int v = 0; v < kV; ++v) sums[r][v] += others[r][v];
   }
-  for (int r = 0; r < kR; ++r)
+  for (; k < depth; ++k) sum(k, sums);
+  for (int r = 0; r < kR; ++r) {
+    if constexpr (kSplit<T, kV>)
+      for (int v = 0; v < kV; v += 2) Join(sums[r] + v);
     for (int v = 0; v < kV; ++v) Store(c + r * c_row + v * kLanes, sums[r][v]);
+  }
   next = ahead;
 }
 
@@ -329,6 +407,9 @@ __attribute__((noinline)) void Multiply(const float* a, long a_row, const T* b, 
   long n = 0;
   for (; n + kVectors * kLanes <= columns; n += kVectors * kLanes)
     Rows<T, kVectors>(a, a_row, b + n, b_row, c + n, c_row, rows, depth, add, soon);
+  if constexpr (kVectors > 2)
+    for (; n + 2 * kLanes <= columns; n += 2 * kLanes)
+      Rows<T, 2>(a, a_row, b + n, b_row, c + n, c_row, rows, depth, add, soon);
   for (; n < columns; n += kLanes)
     Rows<T, 1>(a, a_row, b + n, b_row, c + n, c_row, rows, depth, add, soon);
   soon.AskAll();
