@@ -77,17 +77,6 @@ class AsTheyLie {
   const float* const queries_;
 };
 
-// Asks for a part that may lie in several pages.
-template <class E>
-JAXLLM_PREFETCHES void AskForKeys(const Step<E>& s, const Part& part) {
-  ForEachRun(s, part, [&](const Part& run) { KeysOf(s, run).AskAll(); });
-}
-
-template <class E>
-JAXLLM_PREFETCHES void AskForValues(const Step<E>& s, const Part& part) {
-  ForEachRun(s, part, [&](const Part& run) { ValuesOf(s, run).AskAll(); });
-}
-
 template <class E>
 class Copied {
  public:
@@ -103,21 +92,21 @@ class Copied {
 
   void Score(const Part& part, float* scores, long columns, const Part& next) {
     AskForKeys(s_, next);
-    ForEachRun(s_, part, [&](const Part& run) {
+    for (Part run = RunAt(s_, part, part.begin); run.Size() > 0; run = RunAt(s_, part, run.end)) {
       const E* const from = KeysAt(s_, run);
       float* const to = keys_ + (run.begin - part.begin);
       for (long d = 0; d < s_.D; ++d) Widen(from + d * s_.S, to + d * kKeys, run.Size());
-    });
+    }
     Multiply(queries_, s_.D, keys_, kKeys, scores, kKeys, rows_, s_.D, columns, false, Soon{});
   }
 
   void Gather(const Part& part, const float* probs, float* out, long, const Part& next) {
     AskForValues(s_, next);
-    ForEachRun(s_, part, [&](const Part& run) {
+    for (Part run = RunAt(s_, part, part.begin); run.Size() > 0; run = RunAt(s_, part, run.end)) {
       const E* const from = ValuesAt(s_, run);
       float* const to = values_ + (run.begin - part.begin) * padded_;
       for (long i = 0; i < run.Size(); ++i) Widen(from + i * s_.D, to + i * padded_, s_.D);
-    });
+    }
     Multiply(probs, kKeys, values_, padded_, out, padded_, rows_, part.Size(), padded_, true,
              Soon{});
   }
@@ -159,12 +148,12 @@ class InTiles {
   // Scores behind the last key are of what nobody has written.
   void Score(const Part& part, float* scores, long, const Part& next) {
     AskForKeys(s_, next);
-    ForEachRun(s_, part, [&](const Part& run) {
+    for (Part run = RunAt(s_, part, part.begin); run.Size() > 0; run = RunAt(s_, part, run.end)) {
       const BFloat16* const from = KeysAt(s_, run);
       BFloat16* const to = keys_ + 2 * (run.begin - part.begin);
       for (long d = 0; d < s_.D; d += 2)
         Pair(from + d * s_.S, from + (d + 1) * s_.S, RoundUp(run.Size(), kTile), to + d * kKeys);
-    });
+    }
     MultiplyTiles(queries_, depth_, keys_, scores, whole_, depth_, kKeys, false);
   }
 
@@ -177,13 +166,13 @@ class InTiles {
       for (; j < depth; j += kLanes) Store(probs_ + r * kKeys + j, Floats{});
     }
     long filled = 0;
-    ForEachRun(s_, part, [&](const Part& run) {
+    for (Part run = RunAt(s_, part, part.begin); run.Size() > 0; run = RunAt(s_, part, run.end)) {
       for (long i = 0; i < run.Size(); i += 2, filled += 2) {
         const BFloat16* const from = ValuesAt(s_, run) + i * s_.D;
         // Behind the last value is what nobody has written.
         Pair(from, i + 1 < run.Size() ? from + s_.D : nullptr, padded_, values_ + filled * padded_);
       }
-    });
+    }
     Clear(values_ + filled * padded_, (depth - filled) * padded_);
     MultiplyTiles(probs_, kKeys, values_, out, whole_, depth, padded_, true);
   }

@@ -74,13 +74,11 @@ struct Unit {
   }
 };
 
-// Calls `body(run)` for each piece of a part that lies in one page.
-template <class E, class Body>
-void ForEachRun(const Step<E>& s, const Part& part, const Body& body) {
-  for (Part run = part; run.begin < part.end; run.begin = run.end) {
-    run.end = std::min(part.end, run.begin + s.S - run.begin % s.S);
-    body(run);
-  }
+// What lies in one page of a part, from `begin` on; an empty part behind its end. No call with a
+// function for each: one that only asks for memory would be dropped (`JAXLLM_PREFETCHES`).
+template <class E>
+inline Part RunAt(const Step<E>& s, const Part& part, long begin) {
+  return {part.row, part.head, begin, std::min(part.end, begin + s.S - begin % s.S)};
 }
 
 // Where the first key of a part lies, [D, S], and its value, [S, D].
@@ -108,6 +106,19 @@ inline Soon ValuesOf(const Step<E>& s, const Part& part) {
   if (part.Size() <= 0) return {};
   return {reinterpret_cast<const char*>(ValuesAt(s, part)), s.D * static_cast<long>(sizeof(E)),
           part.Size(), LinesOf<E>(s.D)};
+}
+
+// Asks for a part that may lie in several pages.
+template <class E>
+JAXLLM_PREFETCHES void AskForKeys(const Step<E>& s, const Part& part) {
+  for (Part run = RunAt(s, part, part.begin); run.Size() > 0; run = RunAt(s, part, run.end))
+    KeysOf(s, run).AskAll();
+}
+
+template <class E>
+JAXLLM_PREFETCHES void AskForValues(const Step<E>& s, const Part& part) {
+  for (Part run = RunAt(s, part, part.begin); run.Size() > 0; run = RunAt(s, part, run.end))
+    ValuesOf(s, run).AskAll();
 }
 
 template <class E>
