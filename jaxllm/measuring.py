@@ -1,5 +1,6 @@
 """A layout run on the devices that are here, with random weights, and what it took."""
 
+import contextlib
 import json
 import tempfile
 import time
@@ -80,15 +81,18 @@ def measure(planner: Planner, layout: Layout, batch: int, context: int) -> Measu
         )
     with llm:
         page_size = engines_of(llm._live_engine())[0].config.page_size
-        first, each = [], []
-        for repeat in range(REPEATS + 1):
-            seconds = _prefill_seconds(llm, prompts), _decode_seconds(llm, prompts, steps)
-            if repeat:  # the first compiles
-                first.append(seconds[0])
-                each.append(seconds[1])
+        _prefill_seconds(llm, prompts)
+        # While one engine still compiles, another may come to the end of its prompts.
+        with contextlib.suppress(ConfigError):
+            _decode_seconds(llm, prompts, steps)
+        seconds = [
+            (_prefill_seconds(llm, prompts), _decode_seconds(llm, prompts, steps))
+            for _ in range(REPEATS)
+        ]
+        prefill, decode = map(min, zip(*seconds, strict=True))
         return Measured(
-            prefill_seconds=min(first),
-            decode_seconds=min(each),
+            prefill_seconds=prefill,
+            decode_seconds=decode,
             kv_tokens=llm.stats()["num_pages"] // layout.num_replicas * page_size,
         )
 

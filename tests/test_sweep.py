@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from jaxllm import LLM, ConfigError, Sweep, measuring, sweep
+from jaxllm.program_cache import ProgramCache
 from jaxllm.sharding.layouts import Layout
 from jaxllm.sweep import BETTER, SweepRow
 from tests.test_plan import LLAMA, LLAMA_70B
@@ -259,6 +261,33 @@ def test_a_step_is_one_in_which_every_prompt_gets_a_token(checkpoints, monkeypat
 
     assert row.measured_prefill_seconds >= 8 * 31 / 16
     assert row.measured_decode_seconds == 1
+
+
+def test_an_engine_that_compiles_longer_than_another_needs_for_its_prompts(
+    checkpoints, monkeypatch
+):
+    compile_, slow = ProgramCache._compile, []
+
+    def compile_slowly(cache, key):
+        compile_(cache, key)
+        slow.append(cache)
+        if cache is slow[0]:
+            time.sleep(0.5)
+
+    monkeypatch.setattr(ProgramCache, "_compile", compile_slowly)
+
+    (row,) = sweep(
+        checkpoints("llama"),
+        ["data:2"],
+        batch=2,
+        context=24,
+        level="measure",
+        max_model_len=64,
+        **OPTIONS,
+    )
+
+    assert row.error is None
+    assert len({id(cache) for cache in slow}) == 2
 
 
 def test_layouts_are_run_on_the_devices_that_are_here(checkpoints):
