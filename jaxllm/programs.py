@@ -167,22 +167,24 @@ class ProgramBuilder:
     @property
     def vocabulary(self) -> Vocabulary:
         """How the columns of the logits are to be read."""
-        mesh = self.sharder.mesh
-        platform = mesh.devices.flat[0].platform
-        kernel = compiled_greatest_for(platform, mesh.size, self.engine.dtype)
+        kernel = compiled_greatest_for(*self._where)
         return Vocabulary(self.model.vocab_size, self.sharder, kernel)
 
     @property
     def tuning(self) -> Tuning:
         """How attention works here. Asked for the first time, it may compile a kernel."""
-        mesh = self.sharder.mesh
-        return compiled_tuning_for(mesh.devices.flat[0].platform, mesh.size, self.engine.dtype)
+        return compiled_tuning_for(*self._where)
 
     @property
     def linear_kernel(self) -> str:
         """What multiplies with weights here, as `compiled_linear_for`."""
+        return compiled_linear_for(*self._where)
+
+    @property
+    def _where(self) -> tuple[str, int, str]:
+        """Platform, devices and element type, which decide what is a compiled kernel."""
         mesh = self.sharder.mesh
-        return compiled_linear_for(mesh.devices.flat[0].platform, mesh.size, self.engine.dtype)
+        return mesh.devices.flat[0].platform, mesh.size, self.engine.dtype
 
     def logits(self, model: Decoder, hidden: jax.Array) -> jax.Array:
         """[R, E] -> float32 [R, V], each device with its share of the vocabulary."""

@@ -3,6 +3,8 @@
 // A NaN is greater than all, as in NumPy. A row is read once, by blocks, of which the greatest says
 // which one to search.
 
+#include <algorithm>
+#include <cstdint>
 #include <limits>
 
 #include "parallel.h"

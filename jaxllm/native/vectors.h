@@ -269,20 +269,15 @@ struct Ahead {
   }
 };
 
-// A row of the right side, kV vectors of it.
-template <int kV, class T>
-inline void LoadRow(const T* from, Floats* to) {
-  for (int v = 0; v < kV; ++v) to[v] = Load(from + v * kLanes);
-}
-
-// Of bfloat16, two vectors at once are widened by a shift and a mask: then the first has the
+// Whether two vectors of bfloat16 at once are widened by a shift and a mask: then the first has the
 // numbers at even places, and the second those at odd ones.
 template <class T, int kV>
 constexpr bool kSplit = std::is_same_v<T, BFloat16> && kV % 2 == 0;
 
-template <int kV>
-inline void LoadRow(const BFloat16* from, Floats* to) {
-  if constexpr (kSplit<BFloat16, kV>) {
+// A row of the right side, kV vectors of it.
+template <int kV, class T>
+inline void LoadRow(const T* from, Floats* to) {
+  if constexpr (kSplit<T, kV>) {
     for (int v = 0; v < kV; v += 2) {
       Bits pairs;
       std::memcpy(&pairs, from + v * kLanes, sizeof pairs);

@@ -17,11 +17,12 @@ BLOCK_Q = 64
 
 # (tokens before the step, tokens in it) of each row: decodes first, then chunks. The sizes cross
 # the kernel's parts of 32 and 64 keys, its units of 96 rows of queries, and its tiles of 6.
-STEP = [(0, 1), (31, 1), (64, 1), (200, 1), (0, 130), (70, 64), (127, 3), (5, 66)]
+STEP = [(0, 1), (31, 1), (64, 1), (191, 1), (0, 130), (70, 64), (127, 3), (5, 66)]
 
 SIZES = {
     "as a page lies": Sizes(3, 3, 64, 32),
-    "two parts in a page": Sizes(2, 1, 64, 64),
+    "a page of 64": Sizes(3, 3, 64, 64),
+    "two parts in a page": Sizes(2, 1, 64, 128),
     "few rows and many as they lie": Sizes(2, 8, 64, 32),
     "a part in two pages": Sizes(1, 17, 64, 32),
     "pages shorter than a part": Sizes(2, 4, 64, 16),
@@ -92,7 +93,9 @@ def test_16_bit_operands_are_rounded_once(sizes, dtype):
 
 
 @pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("sizes", ["as a page lies", "a part in two pages", "head of 80"])
+@pytest.mark.parametrize(
+    "sizes", ["as a page lies", "a part in two pages", "two parts in a page", "head of 80"]
+)
 def test_every_option_in_bfloat16(sizes, name):
     """Where the processor has tiles, these are of them."""
     spec = AttentionSpec(scale=SIZES[sizes].head_dim ** -0.5, **SPECS[name])
