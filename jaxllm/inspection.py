@@ -434,7 +434,7 @@ def builder_of(
     _, family = registry.family_of(hf)
     device, layout = sharder.mesh.devices.flat[0], sharder.layout
     config = fit(registry.model_config(hf, family), family.build, layout).config
-    config, engine = resolve(wishes, config, hf, stated_dtype(hf), device)
+    config, engine = resolve(wishes, config, hf, stated_dtype(hf), device, sharder.mesh.size)
     model = abstract_model(config, family.build, engine.dtype, sharder)
     fraction = memory_fraction(wishes, device.platform)
     if target is None:

@@ -117,7 +117,8 @@ class LLM(metaclass=ExplainsKeywords):
             `max_model_len` needs it; it never takes more than `max_num_seqs` of them do.
         kv_cache_memory_bytes: Bytes of the cache on each device, instead.
         num_gpu_blocks_override: Pages of the cache, instead.
-        block_size: Tokens in a page of the cache, a power of two; 16 by default, on CPU 32.
+        block_size: Tokens in a page of the cache, a power of two; 16 by default, on CPU 32 where
+            attention is a compiled kernel (`report()` says so), and 64 where it is plain XLA.
         enable_prefix_caching: Keep the pages of past prompts and find them again; the default.
         enable_chunked_prefill: Compute long prompts over several steps; the default.
         max_logprobs: Most alternatives that `SamplingParams.logprobs` may ask for; -1: all.

@@ -40,7 +40,8 @@ from jaxllm.modeling.abstract import AbstractModel, abstract_model, init_params
 from jaxllm.modeling.config import ModelConfig, with_length
 from jaxllm.modeling.fitting import fit, unfit
 from jaxllm.modeling.manifest import Manifest, read_manifest
-from jaxllm.native.build import why_not_compiled
+from jaxllm.native.build import are_expected, why_not_compiled
+from jaxllm.pallas_kernels.attention.spec import TUNING
 from jaxllm.peers import peers_of
 from jaxllm.sampling_params import as_integer
 from jaxllm.sharding.apply import Sharder
@@ -56,7 +57,7 @@ DEFAULTS = {
     "cpu": {
         "max_num_seqs": 64,
         "max_num_batched_tokens": 2048,
-        "page_size": 32,  # the shortest that the compiled kernel reads as it lies (`kPage`)
+        "page_size": TUNING["cpu"].keys_at_once,  # so that a part of the keys is a page as it lies
         "memory_fraction": 0.9,
         "narrowest": 4096,  # attention ends with the last key, however wide the table is
         "max_decode_steps": 1,  # a launch costs little beside a step
@@ -71,6 +72,9 @@ DEFAULTS = {
     },
 }
 """By platform; `LLM`'s documentation states them."""
+
+COMPILED_PAGE_SIZE = 32
+"""Of compiled attention: the shortest page that it reads as it lies (`kPage` in `step.h`)."""
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 
@@ -199,7 +203,7 @@ def plan_load(
     config, ignored = _tied_as_stored(config, family, checkpoint)
     device = local_devices(sharder.mesh)[0]
     stored = np.dtype(weights.DTYPES[checkpoint.dtype()]).name if checkpoint else stated_dtype(hf)
-    config, engine = resolve(wishes, config, hf, stored, device)
+    config, engine = resolve(wishes, config, hf, stored, device, sharder.mesh.size)
     dtype = engine.dtype
     model = abstract_model(config, family.build, dtype, sharder)
     sources = weights.match(model, checkpoint, family.WEIGHTS, ignored) if checkpoint else []
@@ -322,11 +326,16 @@ def stated_dtype(hf: Any) -> str:
     return name if name in ("float16", "bfloat16") else "float32"
 
 
-def engine_config(wishes: Wishes, length: int, dtype: str, device: jax.Device) -> EngineConfig:
+def engine_config(
+    wishes: Wishes, length: int, dtype: str, device: jax.Device, num_devices: int
+) -> EngineConfig:
     """Returns what the caller asked for, and the platform's defaults for the rest."""
     defaults = DEFAULTS["cpu" if device.platform == "cpu" else "gpu"]
     seqs, tokens = wishes.max_num_seqs, wishes.max_num_batched_tokens
-    page_size = defaults["page_size"] if wishes.page_size is None else wishes.page_size
+    page_size = wishes.page_size
+    if page_size is None:
+        is_compiled = are_expected(device.platform, num_devices, dtype)
+        page_size = COMPILED_PAGE_SIZE if is_compiled else defaults["page_size"]
     if seqs is None:
         seqs = min(defaults["max_num_seqs"], tokens or defaults["max_num_seqs"])
     if tokens is None:
@@ -351,7 +360,7 @@ def engine_config(wishes: Wishes, length: int, dtype: str, device: jax.Device) -
 
 
 def resolve(
-    wishes: Wishes, config: ModelConfig, hf: Any, stored: str, device: Any
+    wishes: Wishes, config: ModelConfig, hf: Any, stored: str, device: Any, num_devices: int
 ) -> tuple[ModelConfig, EngineConfig]:
     """Returns what was wished for as it will be: element type, length, sizes of a step.
 
@@ -361,13 +370,15 @@ def resolve(
         hf: The same, as Hugging Face has it.
         stored: Element type of the checkpoint.
         device: That will compute; or what stands for it in a plan.
+        num_devices: Of an engine.
 
     Raises:
         ConfigError: A wish cannot be had.
     """
     dtype = resolve_dtype(wishes.dtype, stored, device, overflows=config.float16_overflows)
     length = max_model_len(wishes.max_model_len, config, hf)
-    return with_length(config, length), engine_config(wishes, length, dtype, device)
+    engine = engine_config(wishes, length, dtype, device, num_devices)
+    return with_length(config, length), engine
 
 
 def max_model_len(asked: int | str | None, config: ModelConfig, hf: Any) -> int:

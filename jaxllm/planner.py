@@ -66,7 +66,9 @@ class Planner:
         one = layout.replica()
         fitted = fit(config, family.build, one)
         stored = stated_dtype(self.hf)
-        config, engine = resolve(self.wishes, fitted.config, self.hf, stored, self.hardware)
+        config, engine = resolve(
+            self.wishes, fitted.config, self.hf, stored, self.hardware, one.num_devices
+        )
         # No shape depends on the length, so lengths share a model.
         model = _model(fitted.config, family.build, engine.dtype, one)
         return Shaped(EngineShape(config, engine, model, one), family.build, fitted.notes)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import jaxllm
-from jaxllm import LLM, ConfigError, inspect
+from jaxllm import LLM, ConfigError, inspect, loading
 from jaxllm.config import EngineConfig
 from jaxllm.inspection import Wanted
 from jaxllm.traffic import Access
@@ -94,6 +94,7 @@ def test_loops_of_unknown_length_are_said_to_count_once(folder, monkeypatch):
 
 def test_plain_xla_and_the_compiled_kernel_move_the_same_cache(folder, decode, monkeypatch):
     monkeypatch.setenv("JAXLLM_NATIVE", "0")
+    monkeypatch.setitem(loading.DEFAULTS["cpu"], "page_size", loading.COMPILED_PAGE_SIZE)
     plain = inspect(folder, "decode", batch=8, steps=8, context=64)
 
     assert decode.cache_read == decode.ideal.cache_read

@@ -23,6 +23,7 @@ from jaxllm.loading import (
 from jaxllm.modeling.abstract import abstract_model, init_params
 from jaxllm.modeling.config import RopeConfig
 from jaxllm.modeling.families import llama
+from jaxllm.native import build
 from jaxllm.sharding.apply import Sharder
 from jaxllm.sharding.layouts import preset
 from jaxllm.sharding.mesh import make_mesh
@@ -197,21 +198,36 @@ def test_programs_by_length_are_only_for_attention_that_pays_for_it(
     platform, num_widths, page_size
 ):
     wishes, device = Wishes(page_size=page_size), SimpleNamespace(platform=platform)
-    engine = engine_config(wishes, 4096, "bfloat16", device)
+    engine = engine_config(wishes, 4096, "bfloat16", device, 1)
     if platform == "gpu" and page_size == 256:
         num_widths = 5  # the narrowest has one page, of twice as many tokens
 
     assert len(Buckets(engine).widths) == num_widths
 
 
-@pytest.mark.parametrize(("platform", "size"), [("cpu", 32), ("gpu", 16)])
+@pytest.mark.parametrize(("platform", "size"), [("cpu", 64), ("gpu", 16)])
 def test_pages_are_of_the_platform_unless_they_are_asked_for(platform, size):
     device = SimpleNamespace(platform=platform)
 
-    assert engine_config(Wishes(), 4096, "float32", device).page_size == size
-    assert engine_config(Wishes(page_size=8), 4096, "float32", device).page_size == 8
+    assert engine_config(Wishes(), 4096, "float32", device, 2).page_size == size
+    assert engine_config(Wishes(page_size=8), 4096, "float32", device, 1).page_size == 8
     with pytest.raises(ConfigError, match="block_size=0 is not a power of two"):
-        engine_config(Wishes(page_size=0), 4096, "float32", device)
+        engine_config(Wishes(page_size=0), 4096, "float32", device, 1)
+
+
+def test_pages_are_shorter_where_attention_will_be_a_compiled_kernel(monkeypatch):
+    def page_size(platform="cpu", devices=1, dtype="bfloat16"):
+        device = SimpleNamespace(platform=platform)
+        return engine_config(Wishes(), 4096, dtype, device, devices).page_size
+
+    monkeypatch.setattr(build, "compiler", lambda: ("c++",))
+    assert page_size() == page_size(dtype="float32") == 32
+    assert (page_size("gpu"), page_size(devices=2)) == (16, 64)
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    assert page_size() == 64
+    monkeypatch.undo()
+    monkeypatch.setenv(build.SWITCH, "0")
+    assert page_size() == 64
 
 
 def test_family_that_overflows_float16_is_refused_before_it_is_loaded(checkpoints):
@@ -222,7 +238,8 @@ def test_family_that_overflows_float16_is_refused_before_it_is_loaded(checkpoint
 
 
 @pytest.mark.parametrize(("dtype", "said"), [("bfloat16", True), ("float32", False), ("auto", 0)])
-def test_cast_that_was_asked_for_is_one_line(checkpoints, lines, dtype, said):
+def test_cast_that_was_asked_for_is_one_line(checkpoints, lines, dtype, said, monkeypatch):
+    monkeypatch.setenv(build.SWITCH, "0")  # a kernel's first compilation has lines of its own
     plan_load(checkpoints(), Wishes(dtype=dtype), sharder(), "auto")
 
     assert lines == ["Casting float32 to bfloat16"] * bool(said)

@@ -54,11 +54,30 @@ def why_not_compiled(platform: str, devices: int, dtype: str) -> str | None:
     Raises:
         ConfigError, NativeBuildError: As `unavailable`.
     """
+    return _not_here(platform, devices) or unavailable(dtype)
+
+
+def are_expected(platform: str, devices: int, dtype: str) -> bool:
+    """Returns whether a program will have compiled kernels, should none fail to compile.
+
+    Compiles nothing; arguments are those of `why_not_compiled`.
+    """
+    refused = _not_here(platform, devices) or _unsupported(dtype)
+    return not refused and os.environ.get(SWITCH) != "0" and compiler() is not None
+
+
+def _not_here(platform: str, devices: int) -> str | None:
     if platform != "cpu":
         return "compiled kernels are for CPU"
-    if devices > 1:
-        return "the model is split over devices"
-    return unavailable(dtype)
+    return "the model is split over devices" if devices > 1 else None
+
+
+def _unsupported(dtype: str) -> str | None:
+    if sys.platform == "win32":
+        return "kernels are for Linux and macOS, and not for Windows."
+    if dtype not in ELEMENTS:
+        return f"kernels are for {', '.join(ELEMENTS)}, and not for {dtype}."
+    return None
 
 
 def unavailable(dtype: str) -> str | None:
@@ -85,10 +104,8 @@ def unavailable(dtype: str) -> str | None:
 @functools.cache
 def _problem(dtype: str) -> str | None:
     """Builds all kernels of a type; returns what went wrong, a sentence."""
-    if sys.platform == "win32":
-        return "kernels are for Linux and macOS, and not for Windows."
-    if dtype not in ELEMENTS:
-        return f"kernels are for {', '.join(ELEMENTS)}, and not for {dtype}."
+    if refused := _unsupported(dtype):
+        return refused
     try:
         for source in SOURCES.glob("*.cc"):
             target(source.stem, dtype)
