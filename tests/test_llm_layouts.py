@@ -194,7 +194,8 @@ def test_a_cache_split_over_devices_holds_as_many_tokens_more(checkpoints):
     tokens = {}
     for size in (1, 4):
         with LLM(folder, tensor_parallel_size=size, **SMALL) as llm:
-            tokens[size] = llm.stats()["num_pages"] + 1
+            page_size = llm._live_engine().config.page_size
+            tokens[size] = (llm.stats()["num_pages"] + 1) * page_size
 
     assert tokens[4] == 4 * tokens[1]
 
