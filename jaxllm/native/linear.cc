@@ -1,13 +1,15 @@
 // y = x W^T + b on CPU: a weight is read as it lies [N, K], once for many tokens.
 //
-// A unit of work is a block of tokens and a run of rows of the weight. Each thread packs the tokens
-// of a block for itself, as often as it changes blocks: what another core has written is slower to
-// fetch than to make again. It asks ahead for the rows that it takes next itself.
+// A unit of work is a block of tokens and a run of panels, some rows of the weight each. A thread
+// that needs tokens in another order packs those of a block for itself, as often as it changes
+// blocks: what another core has written is slower to fetch than to make again. It asks ahead for
+// the rows that it takes next itself.
 
 #include <atomic>
 #include <type_traits>
 
 #include "parallel.h"
+#include "turned.h"
 #include "weights.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -30,20 +32,21 @@ struct Map {
   long T, K, N;
 };
 
-// Bytes of packed tokens that stay near a core, beside the rows that they meet.
-inline long BlockBytes() {
+// Bytes of a core's second cache: the tokens of a block stay there, beside the rows that they meet.
+inline long CacheBytes() {
   long cache = 0;
 #ifdef _SC_LEVEL2_CACHE_SIZE
-  cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  static const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  cache = found;
 #endif
-  return std::max(cache, 1L << 20) * 3 / 8;
+  return std::max(cache, 1L << 20);
 }
 
 struct Scratch {
   uint64_t call = 0;  // whose tokens are packed
   long block = 0;
   Lines<float> packed, results, wide;
-  Lines<Element> tokens, rows;
+  Lines<Element> tokens, rows, turned;
 };
 
 // Rows of another depth, with zeros behind their numbers, and as many rows of zeros as are wanted.
@@ -55,27 +58,51 @@ const E* Padded(const E* from, long rows, long depth, long wanted, long padded, 
   return to;
 }
 
+// How a product is divided into units: `together` tokens and `rows` of the weight are its grain.
+struct Division {
+  long size, blocks, panels, chunks;  // tokens of a block; runs of panels
+
+  Division(long tokens, long outputs, long most, long together, long rows, long threads) {
+    blocks = (tokens + most - 1) / most;
+    size = RoundUp((tokens + blocks - 1) / blocks, together);
+    panels = (outputs + rows - 1) / rows;
+    chunks = std::clamp(4 * threads / blocks, 1L, panels);
+  }
+
+  // Calls `body(block, its first token, its tokens, first panel, one past the last)` of each unit.
+  template <class Body>
+  void ForEach(ffi::ThreadPool& pool, long tokens, const Body& body) const {
+    ParallelFor(pool, blocks * chunks, [&](long i) {
+      const long block = i / chunks, chunk = i % chunks, first = block * size;
+      const long some = std::min(size, tokens - first);
+      if (some > 0)
+        body(block, first, some, chunk * panels / chunks, (chunk + 1) * panels / chunks);
+    });
+  }
+};
+
+uint64_t NextCall() {
+  static std::atomic<uint64_t> calls{0};
+  return ++calls;
+}
+
+Scratch& ThreadScratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
 template <class Product, class E, class Y>
 void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
-  static const long block_bytes = BlockBytes();
-  static std::atomic<uint64_t> calls{0};
-  const uint64_t call = ++calls;
-  if (m.T == 0 || m.N == 0) return;
   constexpr long kTogether = Product::kTogether, kRows = Product::kRows;
+  const uint64_t call = NextCall();
   const long depth = RoundUp(m.K, Product::kWhole);
   const long bytes = Product::Packed(kTogether, depth) * static_cast<long>(sizeof(float));
-  const long most = std::max(1L, block_bytes / bytes) * kTogether;  // tokens of a block
-  const long blocks = (m.T + most - 1) / most;
-  const long size = RoundUp((m.T + blocks - 1) / blocks, kTogether);
-  const long panels = (m.N + kRows - 1) / kRows;
-  const long chunks = std::clamp(4 * static_cast<long>(pool.num_threads()) / blocks, 1L, panels);
-  ParallelFor(pool, blocks * chunks, [&](long i) {
-    static thread_local Scratch scratch;
-    const long block = i / chunks, chunk = i % chunks;
-    const long first = block * size, tokens = std::min(size, m.T - first);
-    if (tokens <= 0) return;
+  const long most = std::max(1L, CacheBytes() * 3 / 8 / bytes) * kTogether;
+  const Division division(m.T, m.N, most, kTogether, kRows, pool.num_threads());
+  division.ForEach(pool, m.T, [&](long block, long first, long tokens, long panel, long last) {
+    Scratch& scratch = ThreadScratch();
     Product product(depth);
-    float* const packed = scratch.packed.Room(Product::Packed(size, depth));
+    float* const packed = scratch.packed.Room(Product::Packed(division.size, depth));
     if (scratch.call != call || scratch.block != block) {
       const E* x = m.x + first * m.K;
       if (depth != m.K) x = Padded(x, tokens, m.K, tokens, depth, scratch.tokens);
@@ -83,8 +110,7 @@ void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
       scratch.call = call, scratch.block = block;
     }
     float* const c = scratch.results.Room(kRows * kTogether);
-    const long last = (chunk + 1) * panels / chunks;
-    for (long panel = chunk * panels / chunks; panel < last; ++panel) {
+    for (; panel < last; ++panel) {
       const long n = panel * kRows, rows = std::min(kRows, m.N - n);
       const E* from = m.weight + n * m.K;
       Ahead next;
@@ -106,11 +132,90 @@ void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
   });
 }
 
+#ifdef JAXLLM_TILES
+
+// Many tokens of bfloat16 (`turned.h`).
+template <class Y>
+void RunTurned(ffi::ThreadPool& pool, const Map<BFloat16, Y>& m) {
+  const uint64_t call = NextCall();
+  const long depth = RoundUp(m.K, kDepth), tiles = depth / kDepth;
+  const long pieces = (tiles + kPieceTiles - 1) / kPieceTiles;  // of a panel
+  const long bytes = kSide * depth * static_cast<long>(sizeof(BFloat16));
+  const long most = std::max(1L, CacheBytes() / 2 / bytes) * kSide;
+  const Division division(m.T, m.N, most, kSide, kSide, pool.num_threads());
+  division.ForEach(pool, m.T, [&](long block, long first, long tokens, long panel, long last) {
+    Scratch& scratch = ThreadScratch();
+    Tiles configured;
+    // Tokens that are no whole square, or not of whole tiles of depth, are copied with zeros.
+    const long whole = depth == m.K ? tokens / kSide * kSide : 0, rest = tokens - whole;
+    BFloat16* const copied = scratch.tokens.Room(RoundUp(rest, kSide) * depth);
+    if (rest && (scratch.call != call || scratch.block != block)) {
+      Padded(m.x + (first + whole) * m.K, rest, m.K, RoundUp(rest, kSide), depth, scratch.tokens);
+      scratch.call = call, scratch.block = block;
+    }
+    float* const c = scratch.results.Room(division.size * kSide);
+    BFloat16* turned = scratch.turned.Room(2 * kPieceNumbers);
+    BFloat16* after = turned + kPieceNumbers;  // what is turned meanwhile
+
+    // Pieces are numbered in the order in which they are met.
+    const long count = (last - panel) * pieces;
+    const auto piece_at = [&](long i) -> Piece {
+      if (i >= count) return {};
+      const long k = i % pieces * kPieceTiles;
+      return {m.weight + (panel + i / pieces) * kSide * m.K + k * kDepth, m.K,
+              std::min(kPieceTiles, tiles - k)};
+    };
+    const auto rows_at = [&](long i) {
+      return std::min(kSide, m.N - (panel + i / pieces) * kSide);
+    };
+    // The same with zeros where the weight has no rows, or no inputs.
+    const auto whole_at = [&](long i) {
+      Piece piece = piece_at(i);
+      const long wide = piece.tiles * kDepth, k = i % pieces * kPieceTiles * kDepth;
+      if (piece.tiles && (rows_at(i) < kSide || k + wide > m.K)) {
+        BFloat16* const to = scratch.rows.Room(kSide * wide);
+        std::fill_n(to, kSide * wide, BFloat16{});
+        for (long r = 0; r < rows_at(i); ++r)
+          std::copy_n(piece.from + r * m.K, std::min(wide, m.K - k), to + r * wide);
+        piece.from = to, piece.row = wide;
+      }
+      return piece;
+    };
+    Turner(whole_at(0), turned).Finish();
+    for (long i = 0; i < count; ++i) {
+      const bool begins = i % pieces == 0, ends = (i + 1) % pieces == 0;
+      const long mine = piece_at(i).tiles, k = i % pieces * kPieceTiles * kDepth;
+      const long n = (panel + i / pieces) * kSide, steps = (tokens + kSide - 1) / kSide * mine;
+      Turner turner(whole_at(i + 1), after);
+      Soon soon = i + 2 < count ? piece_at(i + 2).Ask(rows_at(i + 2)) : Soon{};
+      const long turns = (turner.left() + steps - 1) / steps;
+      for (long t = 0; t < tokens; t += kSide) {
+        const bool own = t < whole;
+        const BFloat16* const x = own ? m.x + (first + t) * m.K : copied + (t - whole) * depth;
+        const long row = own ? m.K : depth, some = std::min(kSide, tokens - t);
+        float* const square = c + t * kSide;
+        if (some > kTile)
+          MultiplyTurned<true>(x + k, row, turned, mine, square, !begins, turner, turns, soon);
+        else
+          MultiplyTurned<false>(x + k, row, turned, mine, square, !begins, turner, turns, soon);
+        if (ends)
+          Finish(square, some, m.bias ? m.bias + n : nullptr, rows_at(i),
+                 m.y + (first + t) * m.N + n, m.N);
+      }
+      turner.Finish();
+      std::swap(turned, after);
+    }
+  });
+}
+
+#endif
+
 template <class E, class Y>
 void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
+  if (m.T == 0 || m.N == 0) return;
 #ifdef JAXLLM_TILES
   if constexpr (std::is_same_v<E, BFloat16>)
-    if (HaveTiles()) return Run<WeightsInTiles>(pool, m);
+    if (HaveTiles()) return m.T < kMany ? Run<WeightsInTiles>(pool, m) : RunTurned(pool, m);
 #endif
   if (m.T <= Dots<E>::kTogether) return Run<Dots<E>>(pool, m);
   Run<Broadcasts<E>>(pool, m);
