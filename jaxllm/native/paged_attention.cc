@@ -45,43 +45,51 @@ struct Sums {
   }
 };
 
-// Scales, caps and masks the scores of a row; returns the largest, or `most` if that is larger.
+// Masks the keys of a row outside of [low, high), and scales and caps the scores if there is a cap;
+// returns the largest.
 template <class E>
-inline float Mask(const Step<E>& s, float* scores, long low, long high, long columns, float most) {
-  for (long j = 0; j < std::min(low, columns); ++j) scores[j] = kMasked;
-  for (long j = std::max(high, 0L); j < columns; ++j) scores[j] = kMasked;
-  Floats highest = Splat(most);
+inline float Mask(const Step<E>& s, float* scores, long low, long high, long columns) {
+  Ints lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  Floats highest = Splat(kMasked);
   for (long j = 0; j < columns; j += kLanes) {
-    const Floats x = Load(scores + j);
-    Floats seen = x * s.scale;
-    if (s.softcap != 0) seen = Tanh(seen / s.softcap) * s.softcap;
-    seen = Choose(x == kMasked, x, seen);
-    Store(scores + j, seen);
-    highest = Larger(seen, highest);
+    Floats x = Load(scores + j);
+    const bool whole = low <= j && j + kLanes <= high;
+    if (s.softcap != 0) x = Tanh(x * s.scale / s.softcap) * s.softcap;
+    if (!whole) {
+      const Ints key = lane + static_cast<int32_t>(j);
+      x = Choose((key >= static_cast<int32_t>(low)) & (key < static_cast<int32_t>(high)), x,
+                 Splat(kMasked));
+    }
+    if (!whole || s.softcap != 0) Store(scores + j, x);
+    highest = Larger(x, highest);
   }
   return Largest(highest);
 }
 
 // Turns the scores of a part into probabilities, of which the largest so far is 1, and scales what
 // was summed before. A row has `columns` of them, whole vectors, the first of which are of keys.
-template <class E>
+// Probabilities take the place of scores, or are rounded.
+template <class E, class P>
 void Softmax(const Step<E>& s, const Unit& u, const Sums& sums, long rows, long padded,
-             const Part& part, long columns) {
+             const Part& part, long columns, P* probs) {
+  const float scale = s.softcap != 0 ? 1.0f : s.scale;
   for (long r = 0; r < rows; ++r) {
     const long next = u.position + r / s.G + 1 - part.begin;  // one past the query's own key
+    const float most = Mask(s, sums.scores + r * sums.keys, s.window ? next - s.window : 0,
+                            std::min(part.Size(), next), columns);
     sums.rest[r] = sums.highest[r];
-    sums.highest[r] = Mask(s, sums.scores + r * sums.keys, s.window ? next - s.window : 0,
-                           std::min(part.Size(), next), columns, sums.highest[r]);
+    sums.highest[r] = std::max(most * scale, sums.highest[r]);
   }
   for (long r = 0; r < rows; r += kLanes)
     Store(sums.rest + r, Exp(Load(sums.rest + r) - Load(sums.highest + r)));
   for (long r = 0; r < rows; ++r) {
-    float* const scores = sums.scores + r * sums.keys;
+    const float* const scores = sums.scores + r * sums.keys;
     Floats total = Load(sums.total + r * kLanes) * sums.rest[r];
     for (long j = 0; j < columns; j += kLanes) {
       const Floats x = Load(scores + j);
-      const Floats p = Choose(x == kMasked, Floats{}, Exp(x - sums.highest[r]));
-      Store(scores + j, p);
+      const Floats p = Choose(x == kMasked, Floats{}, Exp(x * scale - sums.highest[r]));
+      StoreNormal(probs + r * sums.keys + j, p);
       total += p;
     }
     Store(sums.total + r * kLanes, total);
@@ -103,16 +111,19 @@ void Attend(const Step<E>& s, const Unit& u, const Unit* after, long rows, Scrat
   for (Part part = u.First(kKeys, s.window), next; part.Size() > 0; part = next) {
     next = u.At(part.begin + kKeys, kKeys);
     const Part soon = next.Size() > 0 || !after ? next : after->First(kKeys, s.window);
-    const long columns = RoundUp(part.Size());
+    const long columns = RoundUp(part.Size(), Products::kWholeColumns);
     products.Score(part, sums.scores, columns, soon);
-    Softmax(s, u, sums, rows, padded, part, columns);
-    products.Gather(part, sums.scores, sums.out, columns, soon);
+    auto* const probs = products.Probs(sums.scores);
+    Softmax(s, u, sums, rows, padded, part, columns, probs);
+    products.Gather(part, probs, sums.out, soon);
   }
   for (long r = 0; r < rows; ++r) {
     E* const to = s.out + u.Offset(s, r);
     const float* const from = sums.out + r * padded;
-    const float total = Sum(Load(sums.total + r * kLanes));
-    for (long d = 0; d < s.D; ++d) StoreOne(to + d, from[d] / total);
+    const float share = 1.0f / Sum(Load(sums.total + r * kLanes));
+    long d = 0;
+    for (; d + kLanes <= s.D; d += kLanes) Store(to + d, Load(from + d) * share);
+    for (; d < s.D; ++d) StoreOne(to + d, from[d] * share);
   }
 }
 

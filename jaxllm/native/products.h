@@ -50,6 +50,7 @@ class AsTheyLie {
  public:
   static constexpr long kKeys = kPage;
   static constexpr long kWholeRows = 1;  // results are of so many rows, or a multiple
+  static constexpr long kWholeColumns = kLanes;
 
   AsTheyLie(const Step<E>& s, const Unit& u, long rows, Scratch& scratch)
       : s_(s), rows_(rows), queries_(Queries(s, u, rows, scratch)) {}
@@ -65,8 +66,11 @@ class AsTheyLie {
              KeysOf(s_, next));
   }
 
+  // Where probabilities go, [rows, kKeys].
+  float* Probs(float* scores) const { return scores; }
+
   // out [rows, padded D] += probs [rows, kKeys] with the values.
-  void Gather(const Part& part, const float* probs, float* out, long, const Part& next) {
+  void Gather(const Part& part, const float* probs, float* out, const Part& next) {
     Multiply(probs, kKeys, ValuesAt(s_, part), s_.D, out, s_.D, rows_, part.Size(), s_.D, true,
              ValuesOf(s_, next));
   }
@@ -80,7 +84,7 @@ class AsTheyLie {
 template <class E>
 class Copied {
  public:
-  static constexpr long kKeys = 64, kWholeRows = 1;
+  static constexpr long kKeys = 64, kWholeRows = 1, kWholeColumns = kLanes;
 
   Copied(const Step<E>& s, const Unit& u, long rows, Scratch& scratch)
       : s_(s),
@@ -100,7 +104,9 @@ class Copied {
     Multiply(queries_, s_.D, keys_, kKeys, scores, kKeys, rows_, s_.D, columns, false, Soon{});
   }
 
-  void Gather(const Part& part, const float* probs, float* out, long, const Part& next) {
+  float* Probs(float* scores) const { return scores; }
+
+  void Gather(const Part& part, const float* probs, float* out, const Part& next) {
     AskForValues(s_, next);
     for (Part run = RunAt(s_, part, part.begin); run.Size() > 0; run = RunAt(s_, part, run.end)) {
       const E* const from = ValuesAt(s_, run);
@@ -123,7 +129,7 @@ class Copied {
 // Probabilities are rounded to bfloat16, as the values are; sums are float32.
 class InTiles {
  public:
-  static constexpr long kKeys = 64, kWholeRows = kTile;
+  static constexpr long kKeys = 128, kWholeRows = kTile, kWholeColumns = kDepth;
 
   InTiles(const Step<BFloat16>& s, const Unit& u, long rows, Scratch& scratch)
       : s_(s),
@@ -146,7 +152,7 @@ class InTiles {
   }
 
   // Scores behind the last key are of what nobody has written.
-  void Score(const Part& part, float* scores, long, const Part& next) {
+  void Score(const Part& part, float* scores, long columns, const Part& next) {
     AskForKeys(s_, next);
     for (Part run = RunAt(s_, part, part.begin); run.Size() > 0; run = RunAt(s_, part, run.end)) {
       const BFloat16* const from = KeysAt(s_, run);
@@ -154,17 +160,14 @@ class InTiles {
       for (long d = 0; d < s_.D; d += 2)
         Pair(from + d * s_.S, from + (d + 1) * s_.S, RoundUp(run.Size(), kTile), to + d * kKeys);
     }
-    MultiplyTiles(queries_, depth_, keys_, scores, whole_, depth_, kKeys, false);
+    MultiplyTiles(queries_, depth_, keys_, scores, kKeys, whole_, depth_, columns, false);
   }
 
-  void Gather(const Part& part, const float* probs, float* out, long columns, const Part& next) {
+  BFloat16* Probs(float*) const { return probs_; }
+
+  void Gather(const Part& part, const BFloat16* probs, float* out, const Part& next) {
     AskForValues(s_, next);
     const long depth = RoundUp(part.Size(), kDepth);
-    for (long r = 0; r < rows_; ++r) {
-      long j = 0;
-      for (; j < columns; j += kLanes) Store(probs_ + r * kKeys + j, Load(probs + r * kKeys + j));
-      for (; j < depth; j += kLanes) Store(probs_ + r * kKeys + j, Floats{});
-    }
     long filled = 0;
     for (Part run = RunAt(s_, part, part.begin); run.Size() > 0; run = RunAt(s_, part, run.end)) {
       for (long i = 0; i < run.Size(); i += 2, filled += 2) {
@@ -174,7 +177,7 @@ class InTiles {
       }
     }
     Clear(values_ + filled * padded_, (depth - filled) * padded_);
-    MultiplyTiles(probs_, kKeys, values_, out, whole_, depth, padded_, true);
+    MultiplyTiles(probs, kKeys, values_, out, padded_, whole_, depth, padded_, true);
   }
 
  private:

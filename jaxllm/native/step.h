@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "turn.h"
 #include "vectors.h"
 
 namespace jaxllm {
@@ -142,9 +143,11 @@ void Write(const Step<E>& s, long head, long begin, long end) {
     while (last < end && s.slots[last] == s.slots[last - 1] + 1 && s.slots[last] / s.S == page)
       ++last;
     E* keys = s.Keys(head, page) + offset;
-    for (long d = 0; d < s.D; ++d)
-      for (long t = first; t < last; ++t)
-        keys[d * s.S + (t - first)] = s.k[(t * s.K + head) * s.D + d];
+    const E* const from = s.k + (first * s.K + head) * s.D;
+    if (last - first == 1)
+      for (long d = 0; d < s.D; ++d) keys[d * s.S] = from[d];
+    else
+      TurnAsIs(from, s.K * s.D, last - first, s.D, keys, s.S);
     E* values = s.Values(head, page) + offset * s.D;
     for (long t = first; t < last; ++t)
       std::memcpy(values + (t - first) * s.D, s.v + (t * s.K + head) * s.D, s.D * sizeof(E));

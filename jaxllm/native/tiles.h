@@ -64,17 +64,17 @@ inline void Pair(const BFloat16* first, const BFloat16* second, long columns, BF
   }
 }
 
-// c [rows, columns] (+)= a [rows, depth] b, where b is pairs of rows: [depth / 2, columns, 2].
+// c [rows, columns] (+)= a [rows, depth] b, where b is pairs of rows: [depth / 2, c_row, 2].
 // Rows and columns are multiples of 16, the depth of 32.
-inline void MultiplyTiles(const BFloat16* a, long a_row, const BFloat16* b, float* c, long rows,
-                          long depth, long columns, bool add) {
-  const long b_bytes = columns * 4, c_bytes = columns * 4, a_bytes = a_row * 2;
+inline void MultiplyTiles(const BFloat16* a, long a_row, const BFloat16* b, float* c, long c_row,
+                          long rows, long depth, long columns, bool add) {
+  const long b_bytes = c_row * 4, c_bytes = c_row * 4, a_bytes = a_row * 2;
   for (long n = 0; n < columns; n += 2 * kTile) {
     const bool wide = n + kTile < columns;
     for (long r = 0; r < rows; r += 2 * kTile) {
       const bool high = r + kTile < rows;
-      float* const corner = c + r * columns + n;
-      float* const below = corner + kTile * columns;
+      float* const corner = c + r * c_row + n;
+      float* const below = corner + kTile * c_row;
       if (add) {
         _tile_loadd(0, corner, c_bytes);
         if (wide) _tile_loadd(1, corner + kTile, c_bytes);
@@ -84,7 +84,7 @@ inline void MultiplyTiles(const BFloat16* a, long a_row, const BFloat16* b, floa
         ClearSums();
       }
       for (long k = 0; k < depth; k += kDepth) {
-        const BFloat16* right = b + k * columns + 2 * n;
+        const BFloat16* right = b + k * c_row + 2 * n;
         _tile_loadd(4, a + r * a_row + k, a_bytes);
         _tile_loadd(6, right, b_bytes);
         _tile_dpbf16ps(0, 4, 6);

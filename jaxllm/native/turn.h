@@ -1,5 +1,4 @@
 // Transposition: rows become columns, in squares of vectors where registers hold one.
-
 #ifndef JAXLLM_NATIVE_TURN_H_
 #define JAXLLM_NATIVE_TURN_H_
 
@@ -77,7 +76,33 @@ void Turn(const From* from, long from_row, long rows, long columns, To* to, long
     }
 }
 
+// 16-bit numbers of any type, whose bits stay as they are.
+struct Raw16 {
+  uint16_t bits;
+};
+
+inline Floats Load(const Raw16* from) { return reinterpret_cast<Floats>(LoadBits(from)); }
+
+inline void Store(Raw16* to, Floats x) {
+  const Halves bits = __builtin_convertvector(reinterpret_cast<Bits>(x), Halves);
+  std::memcpy(static_cast<void*>(to), &bits, sizeof bits);
+}
+
+// The same without a change of type.
+template <class E>
+void TurnAsIs(const E* from, long from_row, long rows, long columns, E* to, long to_row) {
+  using Raw = std::conditional_t<sizeof(E) == 2, Raw16, E>;
+  Turn(reinterpret_cast<const Raw*>(from), from_row, rows, columns, reinterpret_cast<Raw*>(to),
+       to_row);
+}
+
 #else
+
+template <class E>
+void TurnAsIs(const E* from, long from_row, long rows, long columns, E* to, long to_row) {
+  for (long c = 0; c < columns; ++c)
+    for (long r = 0; r < rows; ++r) to[c * to_row + r] = from[r * from_row + c];
+}
 
 template <class From, class To>
 void Turn(const From* from, long from_row, long rows, long columns, To* to, long to_row) {

@@ -106,22 +106,6 @@ inline void MultiplyTurned(const BFloat16* x, long x_row, const BFloat16* turned
   turner = steps, soon = ahead;
 }
 
-inline void StoreSide(float* to, Floats left, Floats right) {
-  Store(to, left);
-  Store(to + kTile, right);
-}
-
-inline void StoreSide(BFloat16* to, Floats left, Floats right) {
-#ifdef __AVX512BF16__
-  const __m512bh pairs =
-      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(right), reinterpret_cast<__m512>(left));
-  std::memcpy(static_cast<void*>(to), &pairs, sizeof pairs);
-#else
-  Store(to, left);
-  Store(to + kTile, right);
-#endif
-}
-
 // y [tokens, outputs] = c + bias, of a square's first tokens and outputs. No bias: null.
 template <class Y>
 inline void Finish(const float* c, long tokens, const BFloat16* bias, long outputs, Y* y,
@@ -131,7 +115,8 @@ inline void Finish(const float* c, long tokens, const BFloat16* bias, long outpu
   const Floats right = bias ? LoadSome(bias + low, high) : Floats{};
   for (long t = 0; t < tokens; ++t, c += kSide, y += y_row) {
     if (outputs == kSide) {
-      StoreSide(y, Load(c) + left, Load(c + kTile) + right);
+      StoreNormal(y, Load(c) + left);
+      StoreNormal(y + kTile, Load(c + kTile) + right);
     } else {
       StoreSome(y, Load(c) + left, low);
       StoreSome(y + low, Load(c + kTile) + right, high);

@@ -10,6 +10,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace jaxllm {
 namespace {
 
@@ -139,6 +143,19 @@ inline void Store(Float16* to, Floats x) {
   for (int lane = 0; lane < kLanes; ++lane) StoreOne(to + lane, x[lane]);
 }
 
+// Stores, where a number that is not normal may become 0: matrix units take it for that.
+template <class T>
+inline void StoreNormal(T* to, Floats x) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
+    std::memcpy(static_cast<void*>(to), &halves, sizeof halves);
+    return;
+  }
+#endif
+  Store(to, x);
+}
+
 // The first `count` numbers, and zeros.
 template <class T>
 inline Floats LoadSome(const T* from, long count) {
@@ -156,7 +173,28 @@ inline void StoreSome(T* to, Floats x, long count) {
 
 // ------------------------------------------------------------------ functions
 
-// e^x of x <= 0, relative error under 2e-7; 0 under -87. The polynomial is that of Cephes' expf.
+// A polynomial of r, near 0, that is e^r: Cephes' expf.
+inline Floats ExpNear(Floats r) {
+  Floats y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  return y * r * r + r + 1.0f;
+}
+
+// e^x of x <= 0, relative error under 2e-7; 0 under -87.
+#if defined(__AVX512F__)
+inline Floats Exp(Floats x) {
+  const __m512 any = reinterpret_cast<__m512>(x);
+  const __mmask16 some = _mm512_cmp_ps_mask(any, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+  const __m512 n = _mm512_roundscale_ps(any * 1.44269504088896341f, 0);  // to the nearest
+  const __m512 r = any - n * 0.693359375f + n * 2.12194440e-4f;
+  const __m512 y = reinterpret_cast<__m512>(ExpNear(reinterpret_cast<Floats>(r)));
+  // Not of the others: a number that is not normal takes a hundred times as long.
+  return reinterpret_cast<Floats>(_mm512_maskz_scalef_ps(some, y, n));
+}
+#else
 inline Floats Exp(Floats x) {
   const Ints none = x < -87.0f;
   const Floats safe = Choose(none, Splat(-87.0f), x);
@@ -164,15 +202,10 @@ inline Floats Exp(Floats x) {
   const Floats power = safe * 1.44269504088896341f + magic;
   const Floats n = power - magic;
   const Floats r = safe - n * 0.693359375f + n * 2.12194440e-4f;
-  Floats y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
   const Bits scale = reinterpret_cast<Bits>(__builtin_convertvector(n, Ints) + 127) << 23;
-  return Choose(none, Floats{}, y * reinterpret_cast<Floats>(scale));
+  return Choose(none, Floats{}, ExpNear(r) * reinterpret_cast<Floats>(scale));
 }
+#endif
 
 // tanh x. Near 0, the polynomial of Cephes' tanhf; else by way of e^(-2|x|).
 inline Floats Tanh(Floats x) {
