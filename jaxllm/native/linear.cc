@@ -42,11 +42,12 @@ inline long CacheBytes() {
   return std::max(cache, 1L << 20);
 }
 
+template <class E>
 struct Scratch {
   uint64_t call = 0;  // whose tokens are packed
   long block = 0;
   Lines<float> packed, results, wide;
-  Lines<Element> tokens, rows, turned;
+  Lines<E> tokens, rows, turned;
 };
 
 // Rows of another depth, with zeros behind their numbers, and as many rows of zeros as are wanted.
@@ -86,8 +87,9 @@ uint64_t NextCall() {
   return ++calls;
 }
 
-Scratch& ThreadScratch() {
-  static thread_local Scratch scratch;
+template <class E>
+Scratch<E>& ThreadScratch() {
+  static thread_local Scratch<E> scratch;
   return scratch;
 }
 
@@ -100,7 +102,7 @@ void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
   const long most = std::max(1L, CacheBytes() * 3 / 8 / bytes) * kTogether;
   const Division division(m.T, m.N, most, kTogether, kRows, pool.num_threads());
   division.ForEach(pool, m.T, [&](long block, long first, long tokens, long panel, long last) {
-    Scratch& scratch = ThreadScratch();
+    Scratch<E>& scratch = ThreadScratch<E>();
     Product product(depth);
     float* const packed = scratch.packed.Room(Product::Packed(division.size, depth));
     if (scratch.call != call || scratch.block != block) {
@@ -138,68 +140,39 @@ void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
 template <class Y>
 void RunTurned(ffi::ThreadPool& pool, const Map<BFloat16, Y>& m) {
   const uint64_t call = NextCall();
-  const long depth = RoundUp(m.K, kDepth), tiles = depth / kDepth;
-  const long pieces = (tiles + kPieceTiles - 1) / kPieceTiles;  // of a panel
+  const long depth = RoundUp(m.K, kDepth);
   const long bytes = kSide * depth * static_cast<long>(sizeof(BFloat16));
   const long most = std::max(1L, CacheBytes() / 2 / bytes) * kSide;
   const Division division(m.T, m.N, most, kSide, kSide, pool.num_threads());
   division.ForEach(pool, m.T, [&](long block, long first, long tokens, long panel, long last) {
-    Scratch& scratch = ThreadScratch();
+    Scratch<BFloat16>& scratch = ThreadScratch<BFloat16>();
     Tiles configured;
-    // Tokens that are no whole square, or not of whole tiles of depth, are copied with zeros.
+    const BFloat16* const at = m.x + first * m.K;
     const long whole = depth == m.K ? tokens / kSide * kSide : 0, rest = tokens - whole;
-    BFloat16* const copied = scratch.tokens.Room(RoundUp(rest, kSide) * depth);
+    const Tokens x{at, scratch.tokens.Room(RoundUp(rest, kSide) * depth), m.K, depth, whole};
     if (rest && (scratch.call != call || scratch.block != block)) {
-      Padded(m.x + (first + whole) * m.K, rest, m.K, RoundUp(rest, kSide), depth, scratch.tokens);
+      Padded(at + whole * m.K, rest, m.K, RoundUp(rest, kSide), depth, scratch.tokens);
       scratch.call = call, scratch.block = block;
     }
     float* const c = scratch.results.Room(division.size * kSide);
     BFloat16* turned = scratch.turned.Room(2 * kPieceNumbers);
     BFloat16* after = turned + kPieceNumbers;  // what is turned meanwhile
-
-    // Pieces are numbered in the order in which they are met.
-    const long count = (last - panel) * pieces;
-    const auto piece_at = [&](long i) -> Piece {
-      if (i >= count) return {};
-      const long k = i % pieces * kPieceTiles;
-      return {m.weight + (panel + i / pieces) * kSide * m.K + k * kDepth, m.K,
-              std::min(kPieceTiles, tiles - k)};
-    };
-    const auto rows_at = [&](long i) {
-      return std::min(kSide, m.N - (panel + i / pieces) * kSide);
-    };
-    // The same with zeros where the weight has no rows, or no inputs.
-    const auto whole_at = [&](long i) {
-      Piece piece = piece_at(i);
-      const long wide = piece.tiles * kDepth, k = i % pieces * kPieceTiles * kDepth;
-      if (piece.tiles && (rows_at(i) < kSide || k + wide > m.K)) {
-        BFloat16* const to = scratch.rows.Room(kSide * wide);
-        std::fill_n(to, kSide * wide, BFloat16{});
-        for (long r = 0; r < rows_at(i); ++r)
-          std::copy_n(piece.from + r * m.K, std::min(wide, m.K - k), to + r * wide);
-        piece.from = to, piece.row = wide;
-      }
-      return piece;
-    };
-    Turner(whole_at(0), turned).Finish();
-    for (long i = 0; i < count; ++i) {
-      const bool begins = i % pieces == 0, ends = (i + 1) % pieces == 0;
-      const long mine = piece_at(i).tiles, k = i % pieces * kPieceTiles * kDepth;
-      const long n = (panel + i / pieces) * kSide, steps = (tokens + kSide - 1) / kSide * mine;
-      Turner turner(whole_at(i + 1), after);
-      Soon soon = i + 2 < count ? piece_at(i + 2).Ask(rows_at(i + 2)) : Soon{};
+    const Pieces pieces(m.weight, m.N, m.K, panel, last);
+    Turner(pieces.WholeAt(0, scratch.rows), turned).Finish();
+    for (long i = 0; i < pieces.count(); ++i) {
+      const long tiles = pieces.At(i).tiles, n = pieces.Output(i);
+      const long steps = RoundUp(tokens, kSide) / kSide * tiles;
+      Turner turner(pieces.WholeAt(i + 1, scratch.rows), after);
+      Soon soon = pieces.At(i + 2).Ask();
       const long turns = (turner.left() + steps - 1) / steps;
       for (long t = 0; t < tokens; t += kSide) {
-        const bool own = t < whole;
-        const BFloat16* const x = own ? m.x + (first + t) * m.K : copied + (t - whole) * depth;
-        const long row = own ? m.K : depth, some = std::min(kSide, tokens - t);
+        const long some = std::min(kSide, tokens - t);
         float* const square = c + t * kSide;
-        if (some > kTile)
-          MultiplyTurned<true>(x + k, row, turned, mine, square, !begins, turner, turns, soon);
-        else
-          MultiplyTurned<false>(x + k, row, turned, mine, square, !begins, turner, turns, soon);
-        if (ends)
-          Finish(square, some, m.bias ? m.bias + n : nullptr, rows_at(i),
+        const auto multiply = some > kTile ? MultiplyTurned<true> : MultiplyTurned<false>;
+        multiply(x.From(t) + pieces.Input(i), x.Row(t), turned, tiles, square, !pieces.Begins(i),
+                 turner, turns, soon);
+        if (pieces.Ends(i))
+          Finish(square, some, m.bias ? m.bias + n : nullptr, pieces.Outputs(i),
                  m.y + (first + t) * m.N + n, m.N);
       }
       turner.Finish();

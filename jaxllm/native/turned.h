@@ -13,6 +13,7 @@
 #include "tiles.h"
 #include "turn.h"
 #include "vectors.h"
+#include "weights.h"
 
 #ifdef JAXLLM_TILES
 
@@ -25,16 +26,72 @@ constexpr long kPieceTiles = 6;                // of depth
 constexpr long kMany = 65;                     // tokens: with fewer, to turn takes longer
 constexpr long kPieceNumbers = 2 * kPieceTiles * kTileNumbers;
 
-// Some inputs of kSide rows of a weight: so many tiles of depth.
+// Some inputs of up to kSide rows of a weight: so many tiles of depth.
 struct Piece {
   const BFloat16* from = nullptr;
-  long row = 0, tiles = 0;
+  long row = 0, rows = 0, tiles = 0;
 
-  // To be asked for ahead: of `rows` of its rows, as no more are the weight's.
-  Soon Ask(long rows) const {
+  Soon Ask() const {
     return {reinterpret_cast<const char*>(from), row * static_cast<long>(sizeof(BFloat16)), rows,
             tiles};
   }
+};
+
+// Panels [first, last) of a weight [outputs, depth], kSide rows each, in pieces that are numbered
+// in the order in which they are met: all of a panel, then those of the next.
+class Pieces {
+ public:
+  Pieces(const BFloat16* weight, long outputs, long depth, long first, long last)
+      : weight_(weight), outputs_(outputs), depth_(depth), first_(first), count_(0) {
+    count_ = (last - first) * OfPanel();
+  }
+
+  long count() const { return count_; }
+
+  bool Begins(long i) const { return i % OfPanel() == 0; }
+  bool Ends(long i) const { return (i + 1) % OfPanel() == 0; }
+  long Input(long i) const { return i % OfPanel() * kPieceTiles * kDepth; }
+  long Output(long i) const { return (first_ + i / OfPanel()) * kSide; }
+  long Outputs(long i) const { return std::min(kSide, outputs_ - Output(i)); }
+
+  // As it lies; an empty one behind the last.
+  Piece At(long i) const {
+    if (i >= count_) return {};
+    return {weight_ + Output(i) * depth_ + Input(i), depth_, Outputs(i),
+            std::min(kPieceTiles, Tiles() - Input(i) / kDepth)};
+  }
+
+  // The same with zeros where the weight has no rows, or no inputs.
+  Piece WholeAt(long i, Lines<BFloat16>& lines) const {
+    Piece piece = At(i);
+    const long wide = piece.tiles * kDepth, inputs = std::min(wide, depth_ - Input(i));
+    if (piece.tiles == 0 || (piece.rows == kSide && inputs == wide)) return piece;
+    BFloat16* const to = lines.Room(kSide * wide);
+    std::fill_n(to, kSide * wide, BFloat16{});
+    for (long r = 0; r < piece.rows; ++r)
+      std::copy_n(piece.from + r * depth_, inputs, to + r * wide);
+    return {to, wide, kSide, piece.tiles};
+  }
+
+ private:
+  long Tiles() const { return RoundUp(depth_, kDepth) / kDepth; }
+  long OfPanel() const { return RoundUp(Tiles(), kPieceTiles) / kPieceTiles; }
+
+  const BFloat16* const weight_;
+  const long outputs_, depth_, first_;
+  long count_;
+};
+
+// Tokens of a block: whole squares as they lie, and the rest with zeros behind them.
+struct Tokens {
+  const BFloat16 *at, *rest;
+  long row, rest_row;  // numbers from one token to the next
+  long whole;          // tokens that lie in squares
+
+  const BFloat16* From(long t) const {
+    return t < whole ? at + t * row : rest + (t - whole) * rest_row;
+  }
+  long Row(long t) const { return t < whole ? row : rest_row; }
 };
 
 // Turns a piece, a tile for each step, to [tiles of depth, 2, kTile pairs, kTile outputs].
@@ -65,8 +122,8 @@ class Turner {
   BFloat16* to_;
 };
 
-// c [kSide, kSide] (+)= x [kSide, 32 tiles] times a turned piece. Of the tokens, the first 16 are
-// computed, or all. For each tile of depth there are `turns` steps of what is turned meanwhile.
+// c [kSide, kSide] (+)= x [kSide, depth] times a turned piece. Of the tokens all are computed, or
+// the first kTile. For each tile of depth, `turner` takes so many steps, and `soon` one.
 template <bool kAll>
 inline void MultiplyTurned(const BFloat16* x, long x_row, const BFloat16* turned, long tiles,
                            float* c, bool add, Turner& turner, long turns, Soon& soon) {
