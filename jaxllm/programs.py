@@ -18,6 +18,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxllm.buckets import Bucket, powers_of_two
 from jaxllm.cache.kv_cache import abstract_caches
@@ -33,6 +34,8 @@ from jaxllm.inputs import (
 )
 from jaxllm.modeling.abstract import AbstractModel
 from jaxllm.modeling.decoder import Decoder
+from jaxllm.modeling.layers.linear import Product
+from jaxllm.modeling.layers.norm import Norm
 from jaxllm.pallas_kernels.attention import (
     PagedAttend,
     QueryBlocks,
@@ -41,6 +44,7 @@ from jaxllm.pallas_kernels.attention import (
 )
 from jaxllm.pallas_kernels.greatest import compiled_greatest_for
 from jaxllm.pallas_kernels.linear import compiled_linear_for
+from jaxllm.pallas_kernels.norm import compiled_norm_for
 from jaxllm.sampler import Vocabulary, choose, score_tokens
 from jaxllm.settings import compiler_options, platform_of
 from jaxllm.sharding.apply import Sharder
@@ -176,9 +180,9 @@ class ProgramBuilder:
         return compiled_tuning_for(*self._where)
 
     @property
-    def linear_kernel(self) -> str:
-        """What multiplies with weights here, as `compiled_linear_for`."""
-        return compiled_linear_for(*self._where)
+    def kernels(self) -> dict[type[nnx.Module], str]:
+        """What computes products with weights and norms here, as `AbstractModel.merge`."""
+        return {Product: compiled_linear_for(*self._where), Norm: compiled_norm_for(*self._where)}
 
     @property
     def _where(self) -> tuple[str, int, str]:
@@ -213,7 +217,7 @@ class ProgramBuilder:
             params: Sequence[jax.Array], state: DeviceState, buffer: jax.Array
         ) -> tuple[DeviceState, StepOutputs]:
             inputs = self.sharder.everywhere(unpack(key.bucket, key.flags, buffer))
-            return body(self, key, self.model.merge(params, self.linear_kernel), state, inputs)
+            return body(self, key, self.model.merge(params, self.kernels), state, inputs)
 
         shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), everywhere)
         platform = platform_of(self.sharder.mesh.devices.flat[0])

@@ -64,6 +64,13 @@ def test_products_are_compiled_but_of_bfloat16_without_a_matrix_unit(
     assert len(calls) == (all_of_them if in_tiles or dtype == "float32" else 0)
 
 
+def test_each_norm_is_one_call(what, checkpoints, dtype):
+    found = inspect(checkpoints("llama"), what, context=64, dtype=dtype, **STEPS[what])
+
+    calls = re.findall(r'custom_call_target="jaxllm_norm_', found.hlo)
+    assert len(calls) == 2 * found.num_layers + 1  # and the last
+
+
 def test_rotations_are_worked_out_once_and_not_in_each_layer(text):
     assert len(re.findall(r" cosine\(", text)) == len(re.findall(r" sine\(", text)) == 1
 

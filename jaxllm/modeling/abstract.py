@@ -6,7 +6,7 @@ of leaves (a tenth of the dispatch time of an `nnx.State`) and merge inside.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from jaxllm.cache.spec import CacheSpec
 from jaxllm.modeling.config import ModelConfig
 from jaxllm.modeling.decoder import Decoder
 from jaxllm.modeling.forms import bare_shape, dressed
-from jaxllm.modeling.layers.linear import Product, normal_init
+from jaxllm.modeling.layers.linear import normal_init
 from jaxllm.sharding.apply import Sharder
 
 Build = Callable[..., Decoder]
@@ -91,17 +91,20 @@ class AbstractModel:
     num_logits: int
     """Columns of the logits (V): the vocabulary and its padding."""
 
-    def merge(self, params: Sequence[jax.Array], kernel: str = "") -> Decoder:
+    def merge(
+        self, params: Sequence[jax.Array], kernels: Mapping[type[nnx.Module], str] | None = None
+    ) -> Decoder:
         """Returns the module over these parameters.
 
         Args:
             params: One for each leaf, in order.
-            kernel: What multiplies with weights, as `compiled_linear_for` names it; empty: XLA.
+            kernels: What computes the modules of a kind, `Product` or `Norm`, as
+                `compiled_linear_for` and `compiled_norm_for` name it; empty, or none: XLA.
         """
         model = nnx.merge(self.graph, jax.tree.unflatten(self.treedef, params))
-        if kernel:
+        for kind, kernel in (kernels or {}).items():
             for _, node in nnx.iter_graph(model):
-                if isinstance(node, Product):
+                if isinstance(node, kind):
                     node.kernel = kernel
         return model
 

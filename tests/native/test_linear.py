@@ -17,9 +17,20 @@ DTYPES = ("float32", "bfloat16", "float16")
 pytestmark = pytest.mark.skipif(bool(unavailable("float32")), reason="no C++ compiler here")
 
 # Tokens, inputs and outputs: one, and both sides of what the kernel takes together: 8, 16, 32 and
-# 64 tokens, 16 and 32 inputs, 48 and 64 outputs.
-TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 31, 33, 64, 65, 130)
-SIZES = ((1, 1), (7, 3), (16, 16), (32, 48), (33, 50), (40, 64), (96, 130), (64, 1000))
+# 64 tokens, 16, 32 and 192 inputs, 32, 48 and 64 outputs.
+TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 31, 33, 64, 65, 95, 130)
+SIZES = (
+    (1, 1),
+    (7, 3),
+    (16, 16),
+    (32, 48),
+    (33, 50),
+    (40, 64),
+    (96, 130),
+    (64, 1000),
+    (200, 40),
+    (448, 70),
+)
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-8, "float16": 2**-11}
 

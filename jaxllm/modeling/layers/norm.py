@@ -9,9 +9,21 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxllm.modeling.config import ModelConfig
+from jaxllm.pallas_kernels.norm import compiled_norm
 
 
-class RMSNorm(nnx.Module):
+class Norm(nnx.Module):
+    """Normalises the last axis."""
+
+    kernel: str = ""
+    """What computes it (`AbstractModel.merge`): XLA, or the compiled kernel that it names so."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., E] -> [..., E], of the dtype of `x`."""
+        raise NotImplementedError
+
+
+class RMSNorm(Norm):
     """`x / rms(x) * scale` over the last axis (arXiv:1910.07467)."""
 
     def __init__(
@@ -24,11 +36,15 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., E] -> [..., E], of the dtype of `x`."""
         # transformers rounds to the model's dtype before it scales, so we do too.
+        if self.kernel:
+            return compiled_norm(
+                x, self.scale[...], None, eps=self.eps, rounded=True, kernel=self.kernel
+            )
         x = _over_rms(x, self.eps).astype(x.dtype)
         return x * jnp.broadcast_to(self.scale[...], x.shape)
 
 
-class OffsetRMSNorm(nnx.Module):
+class OffsetRMSNorm(Norm):
     """`x / rms(x) * (1 + offset)` over the last axis, rounded once."""
 
     def __init__(
@@ -40,11 +56,15 @@ class OffsetRMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., E] -> [..., E], of the dtype of `x`."""
+        if self.kernel:
+            return compiled_norm(
+                x, self.offset[...], None, eps=self.eps, more=1.0, kernel=self.kernel
+            )
         scale = 1 + self.offset[...].astype(jnp.float32)
         return (_over_rms(x, self.eps) * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
 
 
-class LayerNorm(nnx.Module):
+class LayerNorm(Norm):
     """`(x - mean(x)) / std(x) * scale + bias` over the last axis (arXiv:1607.06450)."""
 
     def __init__(
@@ -66,6 +86,9 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., E] -> [..., E], of the dtype of `x`."""
+        if self.kernel:
+            scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
+            return compiled_norm(x, scale, bias, eps=self.eps, is_centered=True, kernel=self.kernel)
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         x32 = _over_rms(x32, self.eps)
@@ -81,8 +104,6 @@ def _over_rms(x: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     return x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
 
-
-Norm = RMSNorm | OffsetRMSNorm | LayerNorm
 
 NORMS: dict[str, Callable[..., Norm]] = {
     "rms": RMSNorm,
