@@ -18,7 +18,6 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxllm.buckets import Bucket, powers_of_two
 from jaxllm.cache.kv_cache import abstract_caches
@@ -32,7 +31,7 @@ from jaxllm.inputs import (
     buffer_size,
     unpack,
 )
-from jaxllm.modeling.abstract import AbstractModel
+from jaxllm.modeling.abstract import AbstractModel, Computed
 from jaxllm.modeling.decoder import Decoder
 from jaxllm.modeling.layers.linear import Product
 from jaxllm.modeling.layers.norm import Norm
@@ -180,7 +179,7 @@ class ProgramBuilder:
         return compiled_tuning_for(*self._where)
 
     @property
-    def kernels(self) -> dict[type[nnx.Module], str]:
+    def kernels(self) -> dict[Computed, str]:
         """What computes products with weights and norms here, as `AbstractModel.merge`."""
         return {Product: compiled_linear_for(*self._where), Norm: compiled_norm_for(*self._where)}
 

@@ -21,10 +21,14 @@ from jaxllm.cache.spec import CacheSpec
 from jaxllm.modeling.config import ModelConfig
 from jaxllm.modeling.decoder import Decoder
 from jaxllm.modeling.forms import bare_shape, dressed
-from jaxllm.modeling.layers.linear import normal_init
+from jaxllm.modeling.layers.linear import Product, normal_init
+from jaxllm.modeling.layers.norm import Norm
 from jaxllm.sharding.apply import Sharder
 
 Build = Callable[..., Decoder]
+
+Computed = type[Product] | type[Norm]
+"""Kinds of modules that a compiled kernel may compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +96,14 @@ class AbstractModel:
     """Columns of the logits (V): the vocabulary and its padding."""
 
     def merge(
-        self, params: Sequence[jax.Array], kernels: Mapping[type[nnx.Module], str] | None = None
+        self, params: Sequence[jax.Array], kernels: Mapping[Computed, str] | None = None
     ) -> Decoder:
         """Returns the module over these parameters.
 
         Args:
             params: One for each leaf, in order.
-            kernels: What computes the modules of a kind, `Product` or `Norm`, as
-                `compiled_linear_for` and `compiled_norm_for` name it; empty, or none: XLA.
+            kernels: What computes the modules of a kind, as `compiled_linear_for` and
+                `compiled_norm_for` name it; empty, or none: XLA.
         """
         model = nnx.merge(self.graph, jax.tree.unflatten(self.treedef, params))
         for kind, kernel in (kernels or {}).items():
