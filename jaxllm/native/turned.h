@@ -123,7 +123,7 @@ class Turner {
 };
 
 // c [kSide, kSide] (+)= x [kSide, depth] times a turned piece. Of the tokens all are computed, or
-// the first kTile. For each tile of depth, `turner` takes so many steps, and `soon` one.
+// the first kTile. For each tile of depth, `turner` takes `turns` steps, and `soon` one.
 template <bool kAll>
 inline void MultiplyTurned(const BFloat16* x, long x_row, const BFloat16* turned, long tiles,
                            float* c, bool add, Turner& turner, long turns, Soon& soon) {
