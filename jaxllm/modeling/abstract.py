@@ -106,8 +106,9 @@ class AbstractModel:
                 `compiled_norm_for` name it; empty, or none: XLA.
         """
         model = nnx.merge(self.graph, jax.tree.unflatten(self.treedef, params))
-        for kind, kernel in (kernels or {}).items():
-            for _, node in nnx.iter_graph(model):
+        used = [(kind, kernel) for kind, kernel in (kernels or {}).items() if kernel]
+        for _, node in nnx.iter_graph(model) if used else ():
+            for kind, kernel in used:
                 if isinstance(node, kind):
                     node.kernel = kernel
         return model

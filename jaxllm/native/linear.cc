@@ -50,15 +50,6 @@ struct Scratch {
   Lines<E> tokens, rows, turned;
 };
 
-// Rows of another depth, with zeros behind their numbers, and as many rows of zeros as are wanted.
-template <class E>
-const E* Padded(const E* from, long rows, long depth, long wanted, long padded, Lines<E>& lines) {
-  E* const to = lines.Room(wanted * padded);
-  std::fill_n(to, wanted * padded, E{});
-  for (long r = 0; r < rows; ++r) std::copy_n(from + r * depth, depth, to + r * padded);
-  return to;
-}
-
 // How a product is divided into units: `together` tokens and `rows` of the weight are its grain.
 struct Division {
   long size, blocks, panels, chunks;  // tokens of a block; runs of panels
@@ -107,7 +98,7 @@ void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
     float* const packed = scratch.packed.Room(Product::Packed(division.size, depth));
     if (scratch.call != call || scratch.block != block) {
       const E* x = m.x + first * m.K;
-      if (depth != m.K) x = Padded(x, tokens, m.K, tokens, depth, scratch.tokens);
+      if (depth != m.K) x = Padded(x, m.K, tokens, m.K, tokens, depth, scratch.tokens);
       product.Pack(x, tokens, packed);
       scratch.call = call, scratch.block = block;
     }
@@ -119,7 +110,8 @@ void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
       if (panel + 1 < last)
         next = {reinterpret_cast<const char*>(from + kRows * m.K),
                 reinterpret_cast<const char*>(from + 2 * kRows * m.K)};
-      if (rows < kRows || depth != m.K) from = Padded(from, rows, m.K, kRows, depth, scratch.rows);
+      if (rows < kRows || depth != m.K)
+        from = Padded(from, m.K, rows, m.K, kRows, depth, scratch.rows);
       const auto* w = product.Take(from, scratch.wide);
       for (long t = 0; t < tokens; t += kTogether) {
         const long some = std::min(kTogether, tokens - t);
@@ -151,7 +143,7 @@ void RunTurned(ffi::ThreadPool& pool, const Map<BFloat16, Y>& m) {
     const long whole = depth == m.K ? tokens / kSide * kSide : 0, rest = tokens - whole;
     const Tokens x{at, scratch.tokens.Room(RoundUp(rest, kSide) * depth), m.K, depth, whole};
     if (rest && (scratch.call != call || scratch.block != block)) {
-      Padded(at + whole * m.K, rest, m.K, RoundUp(rest, kSide), depth, scratch.tokens);
+      Padded(at + whole * m.K, m.K, rest, m.K, RoundUp(rest, kSide), depth, scratch.tokens);
       scratch.call = call, scratch.block = block;
     }
     float* const c = scratch.results.Room(division.size * kSide);

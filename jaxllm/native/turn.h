@@ -1,4 +1,5 @@
 // Transposition: rows become columns, in squares of vectors where registers hold one.
+
 #ifndef JAXLLM_NATIVE_TURN_H_
 #define JAXLLM_NATIVE_TURN_H_
 

@@ -42,9 +42,11 @@ struct Piece {
 class Pieces {
  public:
   Pieces(const BFloat16* weight, long outputs, long depth, long first, long last)
-      : weight_(weight), outputs_(outputs), depth_(depth), first_(first), count_(0) {
-    count_ = (last - first) * OfPanel();
-  }
+      : weight_(weight),
+        outputs_(outputs),
+        depth_(depth),
+        first_(first),
+        count_((last - first) * OfPanel()) {}
 
   long count() const { return count_; }
 
@@ -63,14 +65,11 @@ class Pieces {
 
   // The same with zeros where the weight has no rows, or no inputs.
   Piece WholeAt(long i, Lines<BFloat16>& lines) const {
-    Piece piece = At(i);
+    const Piece piece = At(i);
     const long wide = piece.tiles * kDepth, inputs = std::min(wide, depth_ - Input(i));
     if (piece.tiles == 0 || (piece.rows == kSide && inputs == wide)) return piece;
-    BFloat16* const to = lines.Room(kSide * wide);
-    std::fill_n(to, kSide * wide, BFloat16{});
-    for (long r = 0; r < piece.rows; ++r)
-      std::copy_n(piece.from + r * depth_, inputs, to + r * wide);
-    return {to, wide, kSide, piece.tiles};
+    return {Padded(piece.from, depth_, piece.rows, inputs, kSide, wide, lines), wide, kSide,
+            piece.tiles};
   }
 
  private:
@@ -78,8 +77,7 @@ class Pieces {
   long OfPanel() const { return RoundUp(Tiles(), kPieceTiles) / kPieceTiles; }
 
   const BFloat16* const weight_;
-  const long outputs_, depth_, first_;
-  long count_;
+  const long outputs_, depth_, first_, count_;
 };
 
 // Tokens of a block: whole squares as they lie, and the rest with zeros behind them.

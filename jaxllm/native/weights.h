@@ -1,9 +1,9 @@
 // Products of some rows of a weight with some tokens, which are packed once for all rows.
 //
-// Each class has its way: `Dots` for few tokens, `Broadcasts` for many, `WeightsInTiles` for
-// bfloat16 where the processor multiplies matrices. It takes `kRows` rows of the weight as they
-// lie, of a depth (the inputs) that is a multiple of `kWhole`, and up to `kTogether` tokens.
-// Results are float32: a row for each row of the weight, tokens side by side.
+// Each class has its way: `Dots` for few tokens, `Broadcasts` for many, `WeightsInTiles` for up to
+// 64 in bfloat16 where the processor multiplies matrices (`turned.h` has more). It takes `kRows`
+// rows of the weight as they lie, of a depth (the inputs) that is a multiple of `kWhole`, and up to
+// `kTogether` tokens. Results are float32: a row for each row of the weight, tokens side by side.
 
 #ifndef JAXLLM_NATIVE_WEIGHTS_H_
 #define JAXLLM_NATIVE_WEIGHTS_H_
@@ -33,6 +33,17 @@ class Lines {
  private:
   std::vector<T> numbers_;
 };
+
+// Rows of `count` numbers that lie `row` apart, with zeros behind their numbers up to `padded`, and
+// as many rows of zeros as are wanted.
+template <class E>
+const E* Padded(const E* from, long row, long rows, long count, long wanted, long padded,
+                Lines<E>& lines) {
+  E* const to = lines.Room(wanted * padded);
+  std::fill_n(to, wanted * padded, E{});
+  for (long r = 0; r < rows; ++r) std::copy_n(from + r * row, count, to + r * padded);
+  return to;
+}
 
 // ------------------------------------------------------------------ few tokens
 
