@@ -35,15 +35,13 @@ from jaxllm.modeling.abstract import AbstractModel, Computed
 from jaxllm.modeling.decoder import Decoder
 from jaxllm.modeling.layers.linear import Product
 from jaxllm.modeling.layers.norm import Norm
+from jaxllm.native.build import target_for
 from jaxllm.pallas_kernels.attention import (
     PagedAttend,
     QueryBlocks,
     Tuning,
     compiled_tuning_for,
 )
-from jaxllm.pallas_kernels.greatest import compiled_greatest_for
-from jaxllm.pallas_kernels.linear import compiled_linear_for
-from jaxllm.pallas_kernels.norm import compiled_norm_for
 from jaxllm.sampler import Vocabulary, choose, score_tokens
 from jaxllm.settings import compiler_options, platform_of
 from jaxllm.sharding.apply import Sharder
@@ -170,7 +168,7 @@ class ProgramBuilder:
     @property
     def vocabulary(self) -> Vocabulary:
         """How the columns of the logits are to be read."""
-        kernel = compiled_greatest_for(*self._where)
+        kernel = target_for("greatest", *self._where)
         return Vocabulary(self.model.vocab_size, self.sharder, kernel)
 
     @property
@@ -181,7 +179,10 @@ class ProgramBuilder:
     @property
     def kernels(self) -> dict[Computed, str]:
         """What computes products with weights and norms here, as `AbstractModel.merge`."""
-        return {Product: compiled_linear_for(*self._where), Norm: compiled_norm_for(*self._where)}
+        return {
+            Product: target_for("linear", *self._where),
+            Norm: target_for("norm", *self._where),
+        }
 
     @property
     def _where(self) -> tuple[str, int, str]:

@@ -2,7 +2,7 @@
 
 import html
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import metadata
 from typing import Any
@@ -13,7 +13,6 @@ from jaxllm import compile_cache
 from jaxllm.cache.memory import GIB
 from jaxllm.loading import Plan
 from jaxllm.native.build import why_not_compiled
-from jaxllm.pallas_kernels.linear import why_not_compiled_linear
 from jaxllm.program_cache import ProgramCache
 from jaxllm.settings import Setting, platform_of, settings
 
@@ -105,8 +104,7 @@ def report_of(name: str, plan: Plan, tables: Sequence[ProgramCache], warmup: str
             "memory": f"{memory.cache_bytes / GIB:.2f} GiB",
         },
         programs={
-            "attention": _computed_by(plan, why_not_compiled),
-            "products with weights": _computed_by(plan, why_not_compiled_linear),
+            "attention, products, norms": _computed_by(plan),
             "compiled": sum(len(table) for table in tables),
             "seconds": sum(took for table in tables for took in list(table.seconds.values())),
             "warm-up": warmup,
@@ -118,12 +116,12 @@ def report_of(name: str, plan: Plan, tables: Sequence[ProgramCache], warmup: str
     )
 
 
-def _computed_by(plan: Plan, why_not: Callable[[str, int, str], str | None]) -> str:
-    """Returns who computes something, and why where a compiled kernel might."""
+def _computed_by(plan: Plan) -> str:
+    """Returns who computes what compiled kernels may, and why not they."""
     platform = plan.devices[0].platform
-    problem = why_not(platform, len(plan.devices), plan.engine.dtype)
+    problem = why_not_compiled(platform, len(plan.devices), plan.engine.dtype)
     if problem is None:
-        return "a kernel compiled for this processor"
+        return "kernels compiled for this processor"
     return f"plain XLA: {problem}" if platform == "cpu" else "plain XLA"
 
 

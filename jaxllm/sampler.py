@@ -45,7 +45,7 @@ class Vocabulary:
     part, and the answers are combined: a row is never gathered."""
 
     greatest: str = ""
-    """What finds the greatest of a row, as `compiled_greatest_for` names it; empty: XLA."""
+    """What finds the greatest of a row, as `native.build.target_for` names it; empty: XLA."""
 
 
 WHOLE = Vocabulary()

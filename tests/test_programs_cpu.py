@@ -51,17 +51,11 @@ def test_the_greatest_token_is_one_call_and_nothing_else_is_as_large_as_the_logi
     assert re.findall(rf"(%\S+) = \w+{re.escape(logits)}", found.hlo) == calls
 
 
-@pytest.mark.parametrize("in_tiles", [True, False])
-def test_products_are_compiled_but_of_bfloat16_without_a_matrix_unit(
-    what, checkpoints, dtype, in_tiles, monkeypatch
-):
-    monkeypatch.setattr("jaxllm.pallas_kernels.linear.linear_in_tiles", lambda dtype: in_tiles)
-
+def test_each_product_with_a_weight_is_one_call(what, checkpoints, dtype):
     found = inspect(checkpoints("llama"), what, context=64, dtype=dtype, **STEPS[what])
 
-    all_of_them = 4 * found.num_layers + 1  # and the logits
     calls = re.findall(r'custom_call_target="jaxllm_linear_', found.hlo)
-    assert len(calls) == (all_of_them if in_tiles or dtype == "float32" else 0)
+    assert len(calls) == 4 * found.num_layers + 1  # and the logits
 
 
 def test_each_norm_is_one_call(what, checkpoints, dtype):

@@ -102,8 +102,8 @@ class AbstractModel:
 
         Args:
             params: One for each leaf, in order.
-            kernels: What computes the modules of a kind, as `compiled_linear_for` and
-                `compiled_norm_for` name it; empty, or none: XLA.
+            kernels: What computes the modules of a kind, as `native.build.target_for` names it;
+                empty, or none: XLA.
         """
         model = nnx.merge(self.graph, jax.tree.unflatten(self.treedef, params))
         used = [(kind, kernel) for kind, kernel in (kernels or {}).items() if kernel]

@@ -22,6 +22,8 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxllm.compile_cache import cache_root
 from jaxllm.errors import ConfigError, NativeBuildError
@@ -128,6 +130,15 @@ def compiler() -> tuple[str, ...] | None:
     return None
 
 
+def target_for(kernel: str, platform: str, devices: int, dtype: DTypeLike) -> str:
+    """Returns XLA's name of a kernel; empty where there is none.
+
+    Arguments and errors are those of `target` and of `why_not_compiled`.
+    """
+    name = jnp.dtype(dtype).name
+    return "" if why_not_compiled(platform, devices, name) else target(kernel, name)
+
+
 @functools.cache
 def target(kernel: str, dtype: str) -> str:
     """Returns the name under which XLA finds a kernel, which is compiled if it has to be.
@@ -155,14 +166,6 @@ def target(kernel: str, dtype: str) -> str:
 
 
 _registered: set[str] = set()
-
-
-@functools.cache
-def linear_in_tiles(dtype: str) -> bool:
-    """Whether the products of kernel `linear` are those of a matrix unit."""
-    ask = ctypes.CDLL(str(_library("linear", dtype))).linear_in_tiles
-    ask.restype = ctypes.c_bool
-    return ask()
 
 
 def _library(kernel: str, dtype: str) -> Path:

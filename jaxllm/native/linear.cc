@@ -102,25 +102,30 @@ void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
       product.Pack(x, tokens, packed);
       scratch.call = call, scratch.block = block;
     }
-    float* const c = scratch.results.Room(kRows * kTogether);
+    float* const c = scratch.results.Room(kRows * division.size);
     for (; panel < last; ++panel) {
       const long n = panel * kRows, rows = std::min(kRows, m.N - n);
       const E* from = m.weight + n * m.K;
-      Ahead next;
+      Ahead<E> next;
       if (panel + 1 < last)
         next = {reinterpret_cast<const char*>(from + kRows * m.K),
                 reinterpret_cast<const char*>(from + 2 * kRows * m.K)};
       if (rows < kRows || depth != m.K)
         from = Padded(from, m.K, rows, m.K, kRows, depth, scratch.rows);
-      const auto* w = product.Take(from, scratch.wide);
-      for (long t = 0; t < tokens; t += kTogether) {
-        const long some = std::min(kTogether, tokens - t);
-        product.Multiply(w, packed + Product::Packed(t, depth), some, c, next);
-        for (long r = 0; m.bias && r < rows; ++r) {
-          const float bias = LoadOne(m.bias + n + r);
-          for (long j = 0; j < some; ++j) c[r * kTogether + j] += bias;
+      for (Some some{0, 0}; some.begin < depth; some.begin += some.numbers) {
+        some.numbers = std::min(product.Piece(), depth - some.begin);
+        const auto* w = product.Take(from, some, scratch.wide);
+        for (long t = 0; t < tokens; t += kTogether) {
+          const long count = std::min(kTogether, tokens - t);
+          float* const results = c + t * kRows;
+          product.Multiply(w, packed + Product::Packed(t, depth), some, count, results, next);
+          if (some.begin + some.numbers < depth) continue;
+          for (long r = 0; m.bias && r < rows; ++r) {
+            const float bias = LoadOne(m.bias + n + r);
+            for (long j = 0; j < count; ++j) results[r * kTogether + j] += bias;
+          }
+          Turn(results, kTogether, rows, count, m.y + (first + t) * m.N + n, m.N);
         }
-        Turn(c, kTogether, rows, some, m.y + (first + t) * m.N + n, m.N);
       }
     }
   });
@@ -209,15 +214,6 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
 
 }  // namespace
 }  // namespace jaxllm
-
-// Whether products of the type are those of a matrix unit.
-extern "C" bool linear_in_tiles() {
-#ifdef JAXLLM_TILES
-  return std::is_same_v<jaxllm::Element, jaxllm::BFloat16> && jaxllm::HaveTiles();
-#else
-  return false;
-#endif
-}
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(linear, jaxllm::Linear,
                               xla::ffi::Ffi::Bind()

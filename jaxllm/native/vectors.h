@@ -10,7 +10,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -78,8 +78,18 @@ inline Bits LoadBits(const void* from) {
 
 inline Floats Load(const BFloat16* from) { return reinterpret_cast<Floats>(LoadBits(from) << 16); }
 
-inline Floats Load(const Float16* from) {
-  const Bits bits = LoadBits(from);
+// Of float16, by the processor where it can: it flushes none to zero either.
+#if defined(__AVX512F__)
+inline Floats FromHalf(Halves x) {
+  return reinterpret_cast<Floats>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(x)));
+}
+#elif defined(__F16C__)
+inline Floats FromHalf(Halves x) {
+  return reinterpret_cast<Floats>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(x)));
+}
+#else
+inline Floats FromHalf(Halves x) {
+  const Bits bits = __builtin_convertvector(x, Bits);
   const Bits magnitude = (bits & 0x7fff) << 13, exponent = magnitude & 0x0f800000;
   const Bits normal = magnitude + ((127 - 15) << 23);
   const Bits huge = normal + ((127 - 15) << 23);  // infinity and NaN
@@ -89,8 +99,15 @@ inline Floats Load(const Float16* from) {
                                             reinterpret_cast<Floats>(one));
   const Floats finite =
       Choose(exponent == 0, reinterpret_cast<Floats>(small), reinterpret_cast<Floats>(normal));
-  const Floats x = Choose(exponent == 0x0f800000, reinterpret_cast<Floats>(huge), finite);
-  return reinterpret_cast<Floats>(reinterpret_cast<Bits>(x) | (bits & 0x8000) << 16);
+  const Floats all = Choose(exponent == 0x0f800000, reinterpret_cast<Floats>(huge), finite);
+  return reinterpret_cast<Floats>(reinterpret_cast<Bits>(all) | (bits & 0x8000) << 16);
+}
+#endif
+
+inline Floats Load(const Float16* from) {
+  Halves x;
+  std::memcpy(&x, from, sizeof x);
+  return FromHalf(x);
 }
 
 template <class T>
@@ -139,8 +156,29 @@ inline void StoreOne(Float16* to, float x) {
   to->bits = sign | half;
 }
 
+#if defined(__AVX512F__)
+inline Halves ToHalf(Floats x) {
+  const __m512 numbers = reinterpret_cast<__m512>(x);
+  return reinterpret_cast<Halves>(_mm512_cvtps_ph(numbers, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+inline Halves ToHalf(Floats x) {
+  const __m256 numbers = reinterpret_cast<__m256>(x);
+  return reinterpret_cast<Halves>(_mm256_cvtps_ph(numbers, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+inline Halves ToHalf(Floats x) {
+  Float16 numbers[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) StoreOne(numbers + lane, x[lane]);
+  Halves rounded;
+  std::memcpy(&rounded, numbers, sizeof rounded);
+  return rounded;
+}
+#endif
+
 inline void Store(Float16* to, Floats x) {
-  for (int lane = 0; lane < kLanes; ++lane) StoreOne(to + lane, x[lane]);
+  const Halves rounded = ToHalf(x);
+  std::memcpy(static_cast<void*>(to), &rounded, sizeof rounded);
 }
 
 // Stores, where a number that is not normal may become 0: matrix units take it for that.
@@ -284,7 +322,8 @@ struct Soon {
   }
 };
 
-// The same of memory in one piece.
+// The same of memory in one piece, which holds numbers of a type.
+template <class E>
 struct Ahead {
   const char *at = nullptr, *end = nullptr;
 
@@ -298,7 +337,7 @@ struct Ahead {
   // This follows the kR rows of a product's left side, and is asked for as fast as they are read.
   template <int kR>
   JAXLLM_PREFETCHES void Step(long k) {
-    if (k % kLine == 0) Ask<kR>();
+    if (k % static_cast<long>(64 / sizeof(E)) == 0) Ask<kR>();
   }
 };
 

@@ -2,8 +2,9 @@
 //
 // Each class has its way: `Dots` for few tokens, `Broadcasts` for many, `WeightsInTiles` for up to
 // 64 in bfloat16 where the processor multiplies matrices (`turned.h` has more). It takes `kRows`
-// rows of the weight as they lie, of a depth (the inputs) that is a multiple of `kWhole`, and up to
-// `kTogether` tokens. Results are float32: a row for each row of the weight, tokens side by side.
+// rows of the weight as they lie, of a depth (the inputs) that is a multiple of `kWhole`, so many
+// of the inputs at once (`Piece`), and up to `kTogether` tokens. Results are float32: a row for
+// each row of the weight, tokens side by side; a piece is added to the pieces before it.
 
 #ifndef JAXLLM_NATIVE_WEIGHTS_H_
 #define JAXLLM_NATIVE_WEIGHTS_H_
@@ -18,6 +19,11 @@
 
 namespace jaxllm {
 namespace {
+
+// Some of the inputs, and so of the numbers of each row.
+struct Some {
+  long begin, numbers;
+};
 
 // Room for numbers that begins with a line of the cache, and is kept.
 template <class T>
@@ -49,12 +55,12 @@ const E* Padded(const E* from, long row, long rows, long count, long wanted, lon
 
 // c [kN, c_row] = w [kN, depth] times x [kM, depth], both along their rows.
 template <int kN, int kM, class E>
-void Dot(const E* w, long depth, const float* x, float* c, long c_row, Ahead& next) {
+void Dot(const E* w, long depth, const float* x, float* c, long c_row, Ahead<E>& next) {
   constexpr long kNumbers = 64 / sizeof(E);  // of a line
-  Ahead ahead = next;                        // in registers
+  Ahead<E> ahead = next;                     // in registers
   Floats sums[kN][kM] = {};
   for (long k = 0; k < depth; k += kNumbers) {
-    ahead.Ask<kN>();
+    ahead.template Ask<kN>();
     for (long i = k; i < k + kNumbers; i += kLanes) {
       Floats right[kM];
       for (int m = 0; m < kM; ++m) right[m] = Load(x + m * depth + i);
@@ -84,19 +90,23 @@ class Dots {
     for (long i = 0; i < tokens * depth_; i += kLanes) Store(to + i, Load(x + i));
   }
 
-  const E* Take(const E* rows, Lines<float>&) const { return rows; }
+  long Piece() const { return depth_; }
 
-  void Multiply(const E* w, const float* x, long tokens, float* c, Ahead& next) const {
-    if (tokens <= 1) return Rows<1>(w, x, c, next);
-    if (tokens <= 2) return Rows<2>(w, x, c, next);
-    if (tokens <= 4) return Rows<4>(w, x, c, next);
-    return Rows<8>(w, x, c, next);
+  const E* Take(const E* rows, const Some&, Lines<float>&) const { return rows; }
+
+  void Multiply(const E* w, const float* x, const Some&, long tokens, float* c,
+                Ahead<E>& next) const {
+    if (tokens <= 1) return Rows<8, 1>(w, x, c, next);
+    if (tokens <= 2) return Rows<8, 2>(w, x, c, next);
+    if (tokens <= 4) return Rows<kSums / 4, 4>(w, x, c, next);
+    return Rows<kSums / 8, 8>(w, x, c, next);
   }
 
  private:
-  template <int kM>
-  void Rows(const E* w, const float* x, float* c, Ahead& next) const {
-    constexpr int kN = kTogether / kM;
+  static constexpr int kSums = kVectors > 2 ? 24 : 8;  // that registers hold
+
+  template <int kN, int kM>
+  void Rows(const E* w, const float* x, float* c, Ahead<E>& next) const {
     for (long n = 0; n < kRows; n += kN)
       Dot<kN, kM>(w + n * depth_, depth_, x, c + n * kTogether, kTogether, next);
   }
@@ -106,6 +116,8 @@ class Dots {
 
 // ------------------------------------------------------------------ many tokens
 
+// Sixteen bits are widened once for all tokens, a piece of the depth at a time, which stays in the
+// first cache.
 template <class E>
 class Broadcasts {
  public:
@@ -123,30 +135,38 @@ class Broadcasts {
            kTogether);
   }
 
-  // Sixteen bits are widened once for all tokens.
-  const float* Take(const E* rows, Lines<float>& lines) const {
-    if constexpr (sizeof(E) == sizeof(float)) {
-      return rows;
-    } else {
-      float* const wide = lines.Room(kRows * depth_);
-      for (long i = 0; i < kRows * depth_; i += kLanes) Store(wide + i, Load(rows + i));
+  long Piece() const { return kWidens ? kPiece : depth_; }
+
+  const float* Take(const E* rows, const Some& some, Lines<float>& lines) const {
+    if constexpr (kWidens) {
+      float* const wide = lines.Room(kRows * kPiece);
+      for (long r = 0; r < kRows; ++r)
+        for (long i = 0; i < some.numbers; i += kLanes)
+          Store(wide + r * kPiece + i, Load(rows + r * depth_ + some.begin + i));
       return wide;
+    } else {
+      return rows;
     }
   }
 
-  void Multiply(const float* w, const float* x, long tokens, float* c, Ahead& next) const {
-    if (tokens <= kLanes) return Rows<12, 1>(w, x, c, next);
+  void Multiply(const float* w, const float* x, const Some& some, long tokens, float* c,
+                Ahead<E>& next) const {
+    if (tokens <= kLanes) return Rows<12, 1>(w, x, some, c, next);
     if constexpr (kVectors > 2)
-      if (tokens <= 2 * kLanes) return Rows<12, 2>(w, x, c, next);
-    Rows<jaxllm::kRows, kVectors>(w, x, c, next);
+      if (tokens <= 2 * kLanes) return Rows<12, 2>(w, x, some, c, next);
+    Rows<jaxllm::kRows, kVectors>(w, x, some, c, next);
   }
 
  private:
+  static constexpr bool kWidens = sizeof(E) != sizeof(float);
+  static constexpr long kPiece = 256;
+
   template <int kR, int kV>
-  void Rows(const float* w, const float* x, float* c, Ahead& next) const {
+  void Rows(const float* w, const float* x, const Some& some, float* c, Ahead<E>& next) const {
+    const long row = kWidens ? kPiece : depth_;
     for (long n = 0; n < kRows; n += kR)
-      Tile<float, kR, kV>(w + n * depth_, depth_, x, kTogether, c + n * kTogether, kTogether,
-                          depth_, false, next);
+      Tile<float, kR, kV>(w + n * row, row, x + some.begin * kTogether, kTogether,
+                          c + n * kTogether, kTogether, some.numbers, some.begin > 0, next);
   }
 
   const long depth_;
@@ -173,9 +193,12 @@ class WeightsInTiles {
            depth_ / 2, to + m * depth_ / 2, kTile);
   }
 
-  const BFloat16* Take(const BFloat16* rows, Lines<float>&) const { return rows; }
+  long Piece() const { return depth_; }
 
-  void Multiply(const BFloat16* w, const float* x, long tokens, float* c, Ahead& next) const {
+  const BFloat16* Take(const BFloat16* rows, const Some&, Lines<float>&) const { return rows; }
+
+  void Multiply(const BFloat16* w, const float* x, const Some&, long tokens, float* c,
+                Ahead<BFloat16>& next) const {
     if (tokens <= kTile) return Tall(w, x, c, next);
     Square(w, x, c, next);
     const long half = 2 * kTile * depth_;
@@ -184,7 +207,7 @@ class WeightsInTiles {
 
  private:
   // Four tiles of rows, one of tokens.
-  void Tall(const BFloat16* w, const float* x, float* c, Ahead& next) const {
+  void Tall(const BFloat16* w, const float* x, float* c, Ahead<BFloat16>& next) const {
     const long w_bytes = depth_ * 2, c_bytes = kTogether * 4, tall = kTile * depth_;
     ClearSums();
     for (long k = 0; k < depth_; k += kDepth) {
@@ -206,7 +229,7 @@ class WeightsInTiles {
   }
 
   // Two tiles of rows, two of tokens.
-  void Square(const BFloat16* w, const float* x, float* c, Ahead& next) const {
+  void Square(const BFloat16* w, const float* x, float* c, Ahead<BFloat16>& next) const {
     const long w_bytes = depth_ * 2, c_bytes = kTogether * 4;
     const BFloat16* const below = w + kTile * depth_;
     const float* const beside = x + kTile * depth_ / 2;

@@ -5,24 +5,6 @@ XLA:CPU does it in passes over integers as large as the logits (`sampler.greates
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-
-from jaxllm.native.build import target, why_not_compiled
-
-
-def compiled_greatest_for(platform: str, devices: int, dtype: DTypeLike) -> str:
-    """Returns XLA's name of the kernel; empty where there is none.
-
-    Args:
-        platform: Of JAX.
-        devices: Over which the model is split.
-        dtype: Of the model; logits are float32 always.
-
-    Raises:
-        ConfigError, NativeBuildError: As `native.build.why_not_compiled`.
-    """
-    name = jnp.dtype(dtype).name
-    return "" if why_not_compiled(platform, devices, name) else target("greatest", name)
 
 
 def compiled_greatest(logits: jax.Array, kernel: str) -> tuple[jax.Array, jax.Array]:
@@ -32,7 +14,7 @@ def compiled_greatest(logits: jax.Array, kernel: str) -> tuple[jax.Array, jax.Ar
 
     Args:
         logits: float32 [B, V].
-        kernel: As `compiled_greatest_for` names it.
+        kernel: As `native.build.target_for` names it.
 
     Returns:
         int32 [B] and bool [B].

@@ -7,37 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxllm.native.build import linear_in_tiles, target, why_not_compiled
-
-
-def why_not_compiled_linear(platform: str, devices: int, dtype: DTypeLike) -> str | None:
-    """Returns why products with weights are XLA's; None if a compiled kernel serves them.
-
-    Args:
-        platform: Of JAX.
-        devices: Over which the model is split.
-        dtype: Of weights and tokens.
-
-    Raises:
-        ConfigError, NativeBuildError: As `native.build.why_not_compiled`.
-    """
-    name = jnp.dtype(dtype).name
-    if problem := why_not_compiled(platform, devices, name):
-        return problem
-    if name == "bfloat16" and not linear_in_tiles(name):
-        return "the processor has no matrix unit for bfloat16"
-    return None
-
-
-def compiled_linear_for(platform: str, devices: int, dtype: DTypeLike) -> str:
-    """Returns XLA's name of the kernel; empty where there is none.
-
-    Arguments and errors are those of `why_not_compiled_linear`.
-    """
-    if why_not_compiled_linear(platform, devices, dtype):
-        return ""
-    return target("linear", jnp.dtype(dtype).name)
-
 
 def linear(
     x: jax.Array, weight: jax.Array, bias: jax.Array | None, dtype: DTypeLike, kernel: str
@@ -49,7 +18,7 @@ def linear(
         weight: [N, K], of the type of `x`.
         bias: [N], of that type too; or None.
         dtype: Of the result: that type, or float32.
-        kernel: As `compiled_linear_for` names it.
+        kernel: As `native.build.target_for` names it.
 
     Returns:
         [T, N].

@@ -3,24 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
-
-from jaxllm.native.build import target, why_not_compiled
-
-
-def compiled_norm_for(platform: str, devices: int, dtype: DTypeLike) -> str:
-    """Returns XLA's name of the kernel; empty where there is none.
-
-    Args:
-        platform: Of JAX.
-        devices: Over which the model is split.
-        dtype: Of the model.
-
-    Raises:
-        ConfigError, NativeBuildError: As `native.build.why_not_compiled`.
-    """
-    name = jnp.dtype(dtype).name
-    return "" if why_not_compiled(platform, devices, name) else target("norm", name)
 
 
 def compiled_norm(
@@ -44,7 +26,7 @@ def compiled_norm(
         more: Added to the scale.
         is_centered: Whether the mean is subtracted from `x` first.
         rounded: Whether what is scaled is rounded to the dtype before, and not only after.
-        kernel: As `compiled_norm_for` names it.
+        kernel: As `native.build.target_for` names it.
 
     Returns:
         [..., E], of the dtype of `x`.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxllm.native.build import target, why_not_compiled
+from jaxllm.native.build import target_for
 
 LayerCache = tuple[jax.Array, ...] | None
 """What one layer keeps: (K pages, V pages); None in a cacheless forward."""
@@ -165,10 +165,8 @@ def compiled_tuning_for(platform: str, devices: int, dtype: DTypeLike) -> Tuning
     Raises:
         ConfigError, NativeBuildError: As `native.build.why_not_compiled`.
     """
-    tuning, name = tuning_for(platform), jnp.dtype(dtype).name
-    if why_not_compiled(platform, devices, name):
-        return tuning
-    return replace(tuning, target=target("paged_attention", name), orders=IN_PLACE)
+    tuning, target = tuning_for(platform), target_for("paged_attention", platform, devices, dtype)
+    return replace(tuning, target=target, orders=IN_PLACE) if target else tuning
 
 
 def capped(scores: jax.Array, softcap: float | None) -> jax.Array:
