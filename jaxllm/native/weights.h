@@ -96,17 +96,18 @@ class Dots {
 
   void Multiply(const E* w, const float* x, const Some&, long tokens, float* c,
                 Ahead<E>& next) const {
-    if (tokens <= 1) return Rows<8, 1>(w, x, c, next);
-    if (tokens <= 2) return Rows<8, 2>(w, x, c, next);
-    if (tokens <= 4) return Rows<kSums / 4, 4>(w, x, c, next);
-    return Rows<kSums / 8, 8>(w, x, c, next);
+    if (tokens <= 1) return Rows<1>(w, x, c, next);
+    if (tokens <= 2) return Rows<2>(w, x, c, next);
+    if (tokens <= 4) return Rows<4>(w, x, c, next);
+    return Rows<8>(w, x, c, next);
   }
 
  private:
-  static constexpr int kSums = kVectors > 2 ? 24 : 8;  // that registers hold
+  static constexpr int kSums = kVectors > 2 ? 24 : 8;  // that registers hold beside the rest
 
-  template <int kN, int kM>
+  template <int kM>
   void Rows(const E* w, const float* x, float* c, Ahead<E>& next) const {
+    constexpr int kN = std::min(8, kSums / kM);
     for (long n = 0; n < kRows; n += kN)
       Dot<kN, kM>(w + n * depth_, depth_, x, c + n * kTogether, kTogether, next);
   }
