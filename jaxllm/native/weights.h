@@ -108,6 +108,7 @@ class Dots {
   template <int kM>
   void Rows(const E* w, const float* x, float* c, Ahead<E>& next) const {
     constexpr int kN = std::min(8, kSums / kM);
+    static_assert(kRows % kN == 0);
     for (long n = 0; n < kRows; n += kN)
       Dot<kN, kM>(w + n * depth_, depth_, x, c + n * kTogether, kTogether, next);
   }
@@ -117,8 +118,8 @@ class Dots {
 
 // ------------------------------------------------------------------ many tokens
 
-// Sixteen bits are widened once for all tokens, a piece of the depth at a time, which stays in the
-// first cache.
+// Sixteen bits are widened once for all tokens of a block, a piece of the depth at a time: all of
+// it would drive the tokens out of the second cache.
 template <class E>
 class Broadcasts {
  public:
