@@ -140,6 +140,7 @@ def decode_times(llm, rows, steps, bandwidth, choice="greedy"):
     values["kv_lens"][:rows] = CONTEXT
     values["limits"][:rows] = steps
     values["stop_ids"][:] = -1
+    values["num_tokens"] += rows
     values["num_decodes"] += rows
     values["temperature"][:] = 0.8 * flags.sampled
     neutral = {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.1}

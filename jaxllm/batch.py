@@ -52,6 +52,7 @@ def pack_plan(
     }
     values["rows"][:] = config.max_num_seqs
     values["stop_ids"][:] = -1
+    values["num_tokens"] += plan.num_tokens
     values["num_decodes"] += plan.num_decodes
     for name, neutral in NEUTRAL.items():
         if name in values:

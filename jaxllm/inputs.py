@@ -131,6 +131,9 @@ class StepInputs:
     kv_lens: jax.Array
     """int32 [B], tokens of each row in the cache after this step; 0 for padding."""
 
+    num_tokens: jax.Array
+    """int32 [], tokens that are no padding, which come first."""
+
     num_decodes: jax.Array
     """int32 [], rows with one token, which come first."""
 
@@ -241,6 +244,7 @@ def fields(bucket: Bucket, flags: SamplingFlags) -> dict[str, Field]:
         "rows": ((b,), I32),
         "page_table": ((NUM_GROUPS, b, m), I32),
         "kv_lens": ((b,), I32),
+        "num_tokens": ((), I32),
         "num_decodes": ((), I32),
         "stop_ids": ((b, MAX_STOP_IDS), I32),
         "limits": ((b,), I32),

@@ -217,7 +217,8 @@ class ProgramBuilder:
             params: Sequence[jax.Array], state: DeviceState, buffer: jax.Array
         ) -> tuple[DeviceState, StepOutputs]:
             inputs = self.sharder.everywhere(unpack(key.bucket, key.flags, buffer))
-            return body(self, key, self.model.merge(params, self.kernels), state, inputs)
+            model = self.model.merge(params, self.kernels, inputs.num_tokens)
+            return body(self, key, model, state, inputs)
 
         shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), everywhere)
         platform = platform_of(self.sharder.mesh.devices.flat[0])

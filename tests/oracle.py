@@ -240,6 +240,7 @@ def step_inputs(sampling: SamplingInputs, positions: np.ndarray) -> StepInputs:
         rows=none,
         page_table=none[None, :, None],
         kv_lens=positions,
+        num_tokens=np.int32(count),
         num_decodes=np.int32(count),
         stop_ids=np.full((count, 8), -1, np.int32),
         limits=np.ones(count, np.int32),

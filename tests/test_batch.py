@@ -74,6 +74,7 @@ def test_a_decode_brings_the_last_token():
     inputs, bucket = packed(row(1, computed=4, prompt=[1, 2, 3], output=[8, 9]))
 
     assert bucket.is_decode
+    assert inputs.num_tokens == 1
     assert inputs.tokens[0] == 9
     assert inputs.positions[0, 0] == 4
     assert inputs.kv_lens[0] == 5
@@ -93,6 +94,7 @@ def test_decodes_come_first_so_that_token_i_is_of_row_i():
     )
 
     assert inputs.num_decodes == 2
+    assert inputs.num_tokens == 5
     assert inputs.tokens[:5].tolist() == [31, 32, 41, 42, 43]
     assert inputs.rows[:3].tolist() == [3, 1, 0]
 

@@ -65,6 +65,19 @@ def test_each_norm_is_one_call(what, checkpoints, dtype):
     assert len(calls) == 2 * found.num_layers + 1  # and the last
 
 
+def test_what_only_fills_a_program_up_is_not_computed(what, checkpoints, dtype):
+    """The last operand of a kernel is how many tokens count, and comes from the step's inputs."""
+    found = inspect(checkpoints("llama"), what, context=64, dtype=dtype, **STEPS[what])
+
+    kernels = r"custom-call\((.*)\), custom_call_target=\"jaxllm_(?:linear|norm)_"
+    counts = {operands.split(", ")[-1] for operands in re.findall(kernels, found.hlo)}
+    assert len(counts) == 1
+    (count,) = (re.escape(name) for name in counts)
+    slices = re.findall(rf"{count} = s32\[\][^=]*?(\w+)\(", found.hlo)
+    assert slices
+    assert "constant" not in slices
+
+
 def test_rotations_are_worked_out_once_and_not_in_each_layer(text):
     assert len(re.findall(r" cosine\(", text)) == len(re.findall(r" sine\(", text)) == 1
 

@@ -96,7 +96,10 @@ class AbstractModel:
     """Columns of the logits (V): the vocabulary and its padding."""
 
     def merge(
-        self, params: Sequence[jax.Array], kernels: Mapping[Computed, str] | None = None
+        self,
+        params: Sequence[jax.Array],
+        kernels: Mapping[Computed, str] | None = None,
+        num_tokens: jax.Array | None = None,
     ) -> Decoder:
         """Returns the module over these parameters.
 
@@ -104,13 +107,15 @@ class AbstractModel:
             params: One for each leaf, in order.
             kernels: What computes the modules of a kind, as `native.build.target_for` names it;
                 empty, or none: XLA.
+            num_tokens: int32 [], how many they compute, the first ones; None: all.
         """
         model = nnx.merge(self.graph, jax.tree.unflatten(self.treedef, params))
         used = [(kind, kernel) for kind, kernel in (kernels or {}).items() if kernel]
-        for _, node in nnx.iter_graph(model) if used else ():
+        for _, node in list(nnx.iter_graph(model)) if used else ():
             for kind, kernel in used:
                 if isinstance(node, kind):
                     node.kernel = kernel
+                    node.num_tokens = None if num_tokens is None else nnx.Variable(num_tokens)
         return model
 
     def on(self, sharder: Sharder) -> "AbstractModel":

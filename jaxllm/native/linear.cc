@@ -4,10 +4,13 @@
 // that needs tokens in another order packs those of a block for itself, as often as it changes
 // blocks: what another core has written is slower to fetch than to make again. It asks ahead for
 // the rows that it takes next itself.
+//
+// Programs are made for some numbers of tokens. Those that only fill one up are not computed.
 
 #include <atomic>
 #include <type_traits>
 
+#include "padding.h"
 #include "parallel.h"
 #include "turned.h"
 #include "weights.h"
@@ -197,13 +200,14 @@ T* Data(ffi::AnyBuffer buffer) {
 }
 
 ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
-                  ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y) {
+                  ffi::AnyBuffer bias, Count count, ffi::Result<ffi::AnyBuffer> y) {
   const auto run = [&](auto* to) {
     const Element* const added = bias.element_count() ? Data<Element>(bias) : nullptr;
     const auto sizes = weight.dimensions();
+    const long tokens = x.dimensions()[0], counted = Counted(count, tokens);
     Run(pool, Map<Element, std::remove_pointer_t<decltype(to)>>{
-                  Data<Element>(x), Data<Element>(weight), added, to, x.dimensions()[0], sizes[1],
-                  sizes[0]});
+                  Data<Element>(x), Data<Element>(weight), added, to, counted, sizes[1], sizes[0]});
+    ClearRows(pool, to, counted, tokens, sizes[0]);
   };
   if (y->element_type() == ffi::DataType::F32)
     run(Data<float>(*y));
@@ -221,4 +225,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(linear, jaxllm::Linear,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<jaxllm::Count>()
                                   .Ret<xla::ffi::AnyBuffer>());

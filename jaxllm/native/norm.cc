@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "padding.h"
 #include "parallel.h"
 #include "vectors.h"
 #include "xla/ffi/api/ffi.h"
@@ -83,18 +84,19 @@ Element* Data(ffi::AnyBuffer buffer) {
 }
 
 ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias,
-               ffi::Result<ffi::AnyBuffer> y, float eps, float more, bool is_centered,
+               Count count, ffi::Result<ffi::AnyBuffer> y, float eps, float more, bool is_centered,
                bool rounded) {
   if (x.element_type() != kType || scale.element_type() != kType || bias.element_type() != kType)
     return ffi::Error::Internal("jaxllm: a norm of another type than its kernel's.");
   const auto sizes = x.dimensions();
-  const Norm n{Data(x),  Data(scale), Data(bias), Data(*y),    sizes[0],
+  const Norm n{Data(x),  Data(scale), Data(bias), Data(*y),    Counted(count, sizes[0]),
                sizes[1], eps,         more,       is_centered, rounded};
   const long together = std::max(1L, kNumbers / std::max(1L, n.size));
   ParallelFor(pool, (n.rows + together - 1) / together, [&](long i) {
     const long last = std::min((i + 1) * together, n.rows);
     for (long r = i * together; r < last; ++r) Row(n, n.x + r * n.size, n.y + r * n.size);
   });
+  ClearRows(pool, n.y, n.rows, sizes[0], n.size);
   return ffi::Error::Success();
 }
 
@@ -107,6 +109,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(norm, jaxllm::Run,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<jaxllm::Count>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<float>("eps")
                                   .Attr<float>("more")

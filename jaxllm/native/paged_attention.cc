@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "padding.h"
 #include "parallel.h"
 #include "products.h"
 #include "step.h"
@@ -188,10 +189,9 @@ void Run(ffi::ThreadPool& pool, const Step<E>& s) {
     const long start = s.block_starts[block] + begin;
     Attend(s, Unit{s.block_rows[block], head, start, end - begin, s.positions[start]});
   });
-  // What comes after is padding; NaN there would be one of the step.
   const long covered =
       s.blocks ? s.block_starts[s.blocks - 1] + s.TokensOf(s.blocks - 1) : s.decodes;
-  Clear(s.out + covered * s.H * s.D, (s.T - covered) * s.H * s.D);
+  ClearRows(pool, s.out, covered, s.T, s.H * s.D);
 }
 
 Element* Data(ffi::AnyBuffer buffer) { return static_cast<Element*>(buffer.untyped_data()); }

@@ -122,11 +122,6 @@ JAXLLM_PREFETCHES void AskForValues(const Step<E>& s, const Part& part) {
     ValuesOf(s, run).AskAll();
 }
 
-template <class E>
-inline void Clear(E* numbers, long count) {
-  std::memset(static_cast<void*>(numbers), 0, count * sizeof(E));
-}
-
 // Asks for where the key of a token goes: a line of memory for each number, all far from the core.
 template <class E>
 JAXLLM_PREFETCHES void PrefetchSlot(const Step<E>& s, long head, long token) {

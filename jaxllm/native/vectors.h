@@ -47,6 +47,11 @@ struct Float16 {
 
 constexpr long RoundUp(long count, long to = kLanes) { return (count + to - 1) / to * to; }
 
+template <class E>
+inline void Clear(E* numbers, long count) {
+  std::memset(static_cast<void*>(numbers), 0, count * sizeof(E));
+}
+
 inline Floats Splat(float x) { return x - Floats{}; }
 
 inline Floats Choose(Ints mask, Floats yes, Floats no) {

@@ -3,26 +3,39 @@
 It reads a weight as it lies, as XLA does, and takes less time: `benchmarks/README.md` has how much.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxllm.pallas_kernels.padding import num_rows
+
 
 def linear(
-    x: jax.Array, weight: jax.Array, bias: jax.Array | None, dtype: DTypeLike, kernel: str
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    dtype: DTypeLike,
+    kernel: str,
+    num_tokens: jax.Array | None = None,
 ) -> jax.Array:
     """Returns `x @ weight.T + bias`, summed in float32 and rounded once.
 
     Args:
-        x: [T, K].
+        x: [T, ..., K].
         weight: [N, K], of the type of `x`.
         bias: [N], of that type too; or None.
         dtype: Of the result: that type, or float32.
         kernel: As `native.build.target_for` names it.
+        num_tokens: int32 [], how many are computed, the first ones; None: all.
 
     Returns:
-        [T, N].
+        [T, ..., N], zeros where nothing is computed.
     """
     added = jnp.zeros(0, x.dtype) if bias is None else bias
-    result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), dtype)
-    return jax.ffi.ffi_call(kernel, result)(x, weight, added)
+    lead, depth = x.shape[:-1], x.shape[-1]
+    rows, count = x.reshape(math.prod(lead), depth), num_rows(num_tokens, lead)
+    result = jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), dtype)
+    y = jax.ffi.ffi_call(kernel, result)(rows, weight, added, count)
+    return y.reshape(*lead, weight.shape[0])

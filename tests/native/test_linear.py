@@ -51,6 +51,16 @@ def compiled(dtype, result, has_bias):
     return jax.jit(run)
 
 
+@functools.cache
+def compiled_of_some(dtype):
+    """The kernel, told how many tokens to compute; jitted."""
+
+    def run(x, weight, bias, num_tokens):
+        return linear(x, weight, bias, dtype, target("linear", dtype), num_tokens)
+
+    return jax.jit(run)
+
+
 def exact(x, weight, bias=0.0):
     """The product in float64, and the sum of sizes that bounds its rounding."""
     x, weight, bias = (np.asarray(a, np.float64) for a in (x, weight, bias))
@@ -119,6 +129,37 @@ def test_what_a_thread_packed_for_one_call_serves_no_other(dtype):
         x = numbers((20, 32), dtype, seed)
         want, size = exact(x, weight)
         assert np.all(np.abs(np.asarray(run(x, weight, None)) - want) <= 2e-6 * size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("depth", [33, 64])
+@pytest.mark.parametrize("num_tokens", [0, 1, 8, 9, 64, 65, 129, 130])
+def test_padding_is_zeros_and_not_read(num_tokens, depth, dtype):
+    weight, bias = numbers((70, depth), dtype, 1), numbers((70,), dtype, 2)
+    x = numbers((130, depth), dtype, 3).at[num_tokens:].set(jnp.nan)
+
+    y = compiled_of_some(dtype)(x, weight, bias, np.int32(num_tokens))
+
+    alone = compiled(dtype, dtype, True)(x[:num_tokens], weight, bias)
+    assert np.array_equal(np.asarray(y[:num_tokens]), np.asarray(alone))
+    assert not np.asarray(y[num_tokens:]).any()
+
+
+def test_of_more_tokens_than_there_are_all_are_computed():
+    x, weight, bias = (numbers(shape, "float32", 1) for shape in ((9, 32), (16, 32), (16,)))
+
+    y = compiled_of_some("float32")(x, weight, bias, np.int32(1000))
+
+    assert np.array_equal(y, compiled("float32", "float32", True)(x, weight, bias))
+
+
+def test_large_padding_is_shared_among_threads():
+    x, weight = numbers((5000, 32), "float32", 1), numbers((64, 32), "float32", 2)
+
+    y = compiled_of_some("float32")(x, weight, weight[:, 0], np.int32(10))
+
+    assert np.asarray(y[:10]).all()
+    assert not np.asarray(y[10:]).any()
 
 
 def test_logits_are_float32_of_the_kernel_too():

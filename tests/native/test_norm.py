@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxllm.modeling.layers.norm import NORMS
 from jaxllm.native.build import target, unavailable
-from jaxllm.pallas_kernels.norm import compiled_norm
+from jaxllm.pallas_kernels.norm import NormSpec, compiled_norm
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -35,7 +35,7 @@ def compiled(dtype, has_scale, has_bias, **options):
 
     def run(x, scale, bias):
         scale, bias = scale if has_scale else None, bias if has_bias else None
-        return compiled_norm(x, scale, bias, eps=1e-5, kernel=target("norm", dtype), **options)
+        return compiled_norm(x, scale, bias, NormSpec(1e-5, **options), target("norm", dtype))
 
     return jax.jit(run)
 
@@ -78,6 +78,22 @@ def test_what_is_not_a_number_stays_in_its_row(size, dtype):
     y = compiled(dtype, False, False, is_centered=True)(x, x, x)
 
     assert np.isfinite(np.asarray(y, np.float32)).all(-1).tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [0, 1, 6, 7])
+@pytest.mark.parametrize("lead", [(7,), (7, 3)])
+def test_padding_is_zeros_and_not_read(lead, num_tokens, dtype):
+    x = numbers((*lead, 20), dtype, 8).at[num_tokens:].set(jnp.nan)
+
+    def run(x, num_tokens):
+        return compiled_norm(x, None, None, NormSpec(1e-5), target("norm", dtype), num_tokens)
+
+    y = jax.jit(run)(x, np.int32(num_tokens))
+
+    alone = compiled(dtype, False, False)(x, x, x)
+    assert np.array_equal(np.asarray(y[:num_tokens]), np.asarray(alone[:num_tokens]))
+    assert not np.asarray(y[num_tokens:]).any()
 
 
 def test_numbers_of_another_type_than_the_kernel_s_are_an_error():

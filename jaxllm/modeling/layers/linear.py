@@ -35,6 +35,9 @@ class Product(nnx.Module):
     kernel: str = ""
     """What multiplies (`AbstractModel.merge`): XLA, or the compiled kernel that it names so."""
 
+    num_tokens: nnx.Variable | None = None
+    """int32 [], how many the kernel computes, the first ones; None: all."""
+
     weight: nnx.Param
     """[*out, *in]."""
 
@@ -62,9 +65,9 @@ class Product(nnx.Module):
         matrix = weight.reshape(math.prod(out), -1)  # [N, K]; only splits or joins whole axes
         x = x.reshape(*lead, -1)
         if self.kernel:
-            tokens = x.reshape(math.prod(lead), -1)
             added = None if bias is None else bias.reshape(-1)
-            return linear(tokens, matrix, added, dtype, self.kernel).reshape(*lead, *out)
+            count = None if self.num_tokens is None else self.num_tokens[...]
+            return linear(x, matrix, added, dtype, self.kernel, count).reshape(*lead, *out)
         y = multiplied(x, matrix, dtype if bias is None else jnp.float32).reshape(*lead, *out)
         if bias is None:
             return y

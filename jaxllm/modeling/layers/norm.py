@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxllm.modeling.config import ModelConfig
-from jaxllm.pallas_kernels.norm import compiled_norm
+from jaxllm.pallas_kernels.norm import NormSpec, compiled_norm
 
 
 class Norm(nnx.Module):
@@ -18,9 +18,25 @@ class Norm(nnx.Module):
     kernel: str = ""
     """What computes it (`AbstractModel.merge`): XLA, or the compiled kernel that it names so."""
 
+    num_tokens: nnx.Variable | None = None
+    """int32 [], how many the kernel computes, the first ones; None: all."""
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., E] -> [..., E], of the dtype of `x`."""
         raise NotImplementedError
+
+    def compiled(
+        self,
+        x: jax.Array,
+        spec: NormSpec,
+        scale: nnx.Param | None,
+        bias: nnx.Param | None = None,
+    ) -> jax.Array:
+        """Returns what the kernel makes of it, [..., E]."""
+        scale_, bias_, count = (
+            None if v is None else v[...] for v in (scale, bias, self.num_tokens)
+        )
+        return compiled_norm(x, scale_, bias_, spec, self.kernel, count)
 
 
 class RMSNorm(Norm):
@@ -37,9 +53,7 @@ class RMSNorm(Norm):
         """[..., E] -> [..., E], of the dtype of `x`."""
         # transformers rounds to the model's dtype before it scales, so we do too.
         if self.kernel:
-            return compiled_norm(
-                x, self.scale[...], None, eps=self.eps, rounded=True, kernel=self.kernel
-            )
+            return self.compiled(x, NormSpec(self.eps, rounded=True), self.scale)
         x = _over_rms(x, self.eps).astype(x.dtype)
         return x * jnp.broadcast_to(self.scale[...], x.shape)
 
@@ -57,9 +71,7 @@ class OffsetRMSNorm(Norm):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., E] -> [..., E], of the dtype of `x`."""
         if self.kernel:
-            return compiled_norm(
-                x, self.offset[...], None, eps=self.eps, more=1.0, kernel=self.kernel
-            )
+            return self.compiled(x, NormSpec(self.eps, more=1.0), self.offset)
         scale = 1 + self.offset[...].astype(jnp.float32)
         return (_over_rms(x, self.eps) * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
 
@@ -87,8 +99,7 @@ class LayerNorm(Norm):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., E] -> [..., E], of the dtype of `x`."""
         if self.kernel:
-            scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
-            return compiled_norm(x, scale, bias, eps=self.eps, is_centered=True, kernel=self.kernel)
+            return self.compiled(x, NormSpec(self.eps, is_centered=True), self.scale, self.bias)
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         x32 = _over_rms(x32, self.eps)
