@@ -16,10 +16,11 @@ a kernel that reads an operand tile by tile more than once.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from jaxllm.hlo import FUSIONS, IN_PLACE, Instruction, Module, root_of
+from jaxllm.hlo import FUSIONS, IN_PLACE, Array, Instruction, Module, root_of
 
 # Opcodes that take a part of their first operand: as many elements as they give.
 TAKES = frozenset({"dynamic-slice", "gather", "slice"})
@@ -42,9 +43,22 @@ WHOLE = frozenset(
     }
 )
 
-# Kernels of ours that touch parts of an operand: its number, that of what is written into it, and
-# that of the table of the pages that are read, which are its first axis.
-PAGED = {"jaxllm_paged_attention": {3: (1, 6), 4: (2, 6)}}
+
+class Paged(NamedTuple):
+    """Pages that a kernel of ours reads and writes in part; they are the first axis."""
+
+    slots: int
+    """Number of the operand that says where each token is written."""
+
+    table: int
+    """Number of the operand that says which pages are read."""
+
+    axis: int
+    """Which axis of the pages is their slots."""
+
+
+# By the kernel's name, and the number of the operand.
+PAGED = {"jaxllm_paged_attention": {3: Paged(5, 6, axis=3), 4: Paged(5, 6, axis=2)}}
 
 # Opcodes that cost no memory traffic of their own.
 FREE = frozenset(
@@ -110,7 +124,7 @@ def _reads(
         if name not in known:
             continue
         if number in touched:
-            pages, table = (known[instruction.operands[i]] for i in (number, touched[number][1]))
+            pages, table = (known[instruction.operands[i]] for i in (number, touched[number].table))
             page = pages.arrays[0].num_bytes // pages.arrays[0].shape[0]
             yield _argument(module, where, name, 0), page * table.arrays[0].size
             continue
@@ -140,22 +154,24 @@ def _writes(
         if updated is not None:
             fused = instruction.opcode in FUSIONS
             inside = module.body(instruction) if fused else module.computations[where]
-            update = _update(maker, part)
-            written = array if update is None else inside[update].arrays[0]
-            yield _argument(module, where, updated, 0), written.num_bytes
+            yield _argument(module, where, updated, 0), _updated(inside, maker, part, array)
         elif not (instruction.opcode == "custom-call" and scratch.has(where, instruction, part)):
             yield None, array.num_bytes
 
 
-def _update(maker: Instruction, part: int) -> str | None:
-    """Returns the operand with the new values of a result; None where all of it is new."""
-    if maker.opcode == "custom-call":
-        touched = _paged(maker).get(maker.overwrites[part])
-        return None if touched is None else maker.operands[touched[0]]
-    return maker.operands[1 if maker.opcode == "dynamic-update-slice" else -1]
+def _updated(known: Mapping[str, Instruction], maker: Instruction, part: int, array: Array) -> int:
+    """Returns the bytes of a result that are new."""
+    if maker.opcode != "custom-call":
+        update = maker.operands[1 if maker.opcode == "dynamic-update-slice" else -1]
+        return known[update].arrays[0].num_bytes
+    paged = _paged(maker).get(maker.overwrites[part])
+    if paged is None:
+        return array.num_bytes
+    of_token = array.size // array.shape[0] // array.shape[paged.axis]
+    return array.bytes_of(of_token * known[maker.operands[paged.slots]].arrays[0].size)
 
 
-def _paged(instruction: Instruction) -> dict[int, tuple[int, int]]:
+def _paged(instruction: Instruction) -> dict[int, Paged]:
     """Returns the entry of `PAGED` of an instruction; nothing if it has none."""
     if instruction.opcode != "custom-call":
         return {}

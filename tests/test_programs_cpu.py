@@ -1,6 +1,7 @@
 """What XLA:CPU makes of the engine's programs, where it is slow unless it is told how."""
 
 import re
+from collections import Counter
 
 import pytest
 
@@ -76,6 +77,28 @@ def test_what_only_fills_a_program_up_is_not_computed(what, checkpoints, dtype):
     slices = re.findall(rf"{count} = s32\[\][^=]*?(\w+)\(", found.hlo)
     assert slices
     assert "constant" not in slices
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_between_kernels_a_layer_is_its_activation(what, family, checkpoints, dtype):
+    """Heads are not cut apart, and sums of the stream not made, by operations of their own."""
+
+    def operations(num_layers):
+        layers = {"num_hidden_layers": num_layers}
+        found = inspect(
+            checkpoints(family), what, context=64, dtype=dtype, hf_overrides=layers, **STEPS[what]
+        )
+        return Counter(name.split("-")[0] for name in re.findall(r" ([\w-]+)\(%", entry(found.hlo)))
+
+    added = operations(3) - operations(2)
+    assert added.pop("custom") == 7  # two norms, four products, attention
+    free = ("bitcast", "get")  # a part of a tuple
+    assert {name: n for name, n in added.items() if name not in free} == {"fusion": 1}
+
+
+def entry(hlo):
+    """The text of what runs, without what is fused."""
+    return hlo[hlo.index("\nENTRY ") :]
 
 
 def test_rotations_are_worked_out_once_and_not_in_each_layer(text):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import jax
 
-from jaxllm.pallas_kernels.attention import Attend
+from jaxllm.pallas_kernels.attention import Attend, Rope
 from jaxllm.sharding.apply import Sharder
 
 
@@ -16,11 +16,11 @@ from jaxllm.sharding.apply import Sharder
 class Context:
     """Everything of one step that layers share."""
 
-    rope: tuple[jax.Array, jax.Array] | None
-    """Cosines and sines of the step's positions, float32 [T, D/2] each; None: no rotation."""
+    rope: Rope | None
+    """Cosines and sines of the step's positions; None: no rotation."""
 
     attend: Attend
-    """Attention of the step's tokens: `(q, k, v, cache, spec) -> (out, cache)`."""
+    """Attention of the step's tokens."""
 
     sharder: Sharder
     """Pins intermediate arrays to the layout (static)."""

@@ -18,7 +18,6 @@ from jaxllm.modeling.config import ModelConfig
 from jaxllm.modeling.context import Context
 from jaxllm.modeling.layers.attention import Attention
 from jaxllm.modeling.layers.embedding import Embedding, PositionEmbedding
-from jaxllm.modeling.layers.linear import scaled
 from jaxllm.modeling.layers.mlp import mlp_layer
 from jaxllm.modeling.layers.norm import Norm, norm_layer
 from jaxllm.modeling.layers.rope import rope_tables
@@ -36,22 +35,18 @@ class DecoderLayer(nnx.Module):
         self.attn = Attention(config, layer, dtype=dtype, rngs=rngs)
         self.mlp_norm = norm_layer(config, dtype=dtype, rngs=rngs)
         self.mlp = mlp_layer(config, dtype=dtype, rngs=rngs)
-        self.residual_scale = config.residual_scale
 
     def __call__(
         self, x: jax.Array, cache: LayerCache, ctx: Context
     ) -> tuple[jax.Array, LayerCache]:
         """[T, E] and this layer's cache -> [T, E] and the cache, written."""
-        attended, cache = self.attn(self.attn_norm(x), cache, ctx)
-        x = self.add(x, attended, ctx)
-        x = self.add(x, self.mlp(ctx.sharder.whole(self.mlp_norm(x))), ctx)
-        return x, cache
+        x, cache = self.attn(self.attn_norm(x), cache, ctx, onto=x)
+        x = self.stream(x, ctx)
+        return self.stream(self.mlp(ctx.sharder.whole(self.mlp_norm(x)), onto=x), ctx), cache
 
-    def add(self, x: jax.Array, branch: jax.Array, ctx: Context) -> jax.Array:
-        """Returns the residual stream with a branch added, [T, E] each."""
-        if self.residual_scale is not None:
-            branch = scaled(branch, self.residual_scale)
-        return ctx.sharder.pin(x + branch, "tokens", "embed")
+    def stream(self, x: jax.Array, ctx: Context) -> jax.Array:
+        """Returns the residual stream [T, E], where the layout has it."""
+        return ctx.sharder.pin(x, "tokens", "embed")
 
 
 @functools.partial(jax.jit, static_argnames="graph")

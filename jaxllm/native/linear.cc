@@ -1,4 +1,4 @@
-// y = x W^T + b on CPU: a weight is read as it lies [N, K], once for many tokens.
+// y = x W^T + b, or z + that, on CPU: a weight is read as it lies [N, K], once for many tokens.
 //
 // A unit of work is a block of tokens and a run of panels, some rows of the weight each. A thread
 // that needs tokens in another order packs those of a block for itself, as often as it changes
@@ -31,8 +31,19 @@ using Element = JAXLLM_ELEMENT;  // what tokens and weights are: the compiler's 
 template <class E, class Y>
 struct Map {
   const E *x, *weight, *bias;  // [T, K], [N, K], [N] or null
+  const Y* onto;               // [T, N] or null: what products are added to, once they are rounded
   Y* y;                        // [T, N]
   long T, K, N;
+
+  // Ends tokens and outputs of y from (t, n) on: products are there.
+  void End(long t, long n, long tokens, long outputs) const {
+    if (!onto) return;
+    for (long at = t * N + n; tokens > 0; --tokens, at += N)
+      ForVectors(outputs, [&](long i, long some) {
+        const Floats sum = LoadUpTo(onto + at + i, some) + LoadUpTo(y + at + i, some);
+        StoreUpTo(y + at + i, sum, some);
+      });
+  }
 };
 
 // Bytes of a core's second cache: the tokens of a block stay there, beside the rows that they meet.
@@ -128,6 +139,7 @@ void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
             for (long j = 0; j < count; ++j) results[r * kTogether + j] += bias;
           }
           Turn(results, kTogether, rows, count, m.y + (first + t) * m.N + n, m.N);
+          m.End(first + t, n, count, rows);
         }
       }
     }
@@ -171,9 +183,10 @@ void RunTurned(ffi::ThreadPool& pool, const Map<BFloat16, Y>& m) {
         const auto multiply = some > kTile ? MultiplyTurned<true> : MultiplyTurned<false>;
         multiply(x.From(t) + pieces.Input(i), x.Row(t), turned, tiles, square, !pieces.Begins(i),
                  turner, turns, soon);
-        if (pieces.Ends(i))
-          Finish(square, some, m.bias ? m.bias + n : nullptr, pieces.Outputs(i),
-                 m.y + (first + t) * m.N + n, m.N);
+        if (!pieces.Ends(i)) continue;
+        Finish(square, some, m.bias ? m.bias + n : nullptr, pieces.Outputs(i),
+               m.y + (first + t) * m.N + n, m.N);
+        m.End(first + t, n, some, pieces.Outputs(i));
       }
       turner.Finish();
       std::swap(turned, after);
@@ -200,13 +213,16 @@ T* Data(ffi::AnyBuffer buffer) {
 }
 
 ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
-                  ffi::AnyBuffer bias, Count count, ffi::Result<ffi::AnyBuffer> y) {
+                  ffi::AnyBuffer bias, ffi::AnyBuffer onto, Count count,
+                  ffi::Result<ffi::AnyBuffer> y) {
   const auto run = [&](auto* to) {
+    using Y = std::remove_pointer_t<decltype(to)>;
     const Element* const added = bias.element_count() ? Data<Element>(bias) : nullptr;
+    const Y* const stream = onto.element_count() ? Data<Y>(onto) : nullptr;
     const auto sizes = weight.dimensions();
     const long tokens = x.dimensions()[0], counted = Counted(count, tokens);
-    Run(pool, Map<Element, std::remove_pointer_t<decltype(to)>>{
-                  Data<Element>(x), Data<Element>(weight), added, to, counted, sizes[1], sizes[0]});
+    Run(pool, Map<Element, Y>{Data<Element>(x), Data<Element>(weight), added, stream, to, counted,
+                              sizes[1], sizes[0]});
     ClearRows(pool, to, counted, tokens, sizes[0]);
   };
   if (y->element_type() == ffi::DataType::F32)
@@ -222,6 +238,7 @@ ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(linear, jaxllm::Linear,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()

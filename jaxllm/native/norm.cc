@@ -35,18 +35,6 @@ struct Norm {
   bool is_centered, rounded;  // minus the mean; rounded before it is scaled, too
 };
 
-// Calls `body(i, count)` for each vector of a row: where it begins, and how many numbers it has.
-template <class Body>
-inline void ForVectors(long size, const Body& body) {
-  long i = 0;
-  for (; i + kLanes <= size; i += kLanes) body(i, static_cast<long>(kLanes));
-  if (i < size) body(i, size - i);
-}
-
-inline Floats Read(const Element* from, long count) {
-  return count == kLanes ? Load(from) : LoadSome(from, count);
-}
-
 inline Floats Rounded(Floats x) {
   Element numbers[kLanes];
   Store(numbers, x);
@@ -57,25 +45,22 @@ void Row(const Norm& n, const Element* x, Element* y) {
   float mean = 0;
   if (n.is_centered) {
     Floats sum = {};
-    ForVectors(n.size, [&](long i, long count) { sum += Read(x + i, count); });
+    ForVectors(n.size, [&](long i, long count) { sum += LoadUpTo(x + i, count); });
     mean = Sum(sum) / n.size;
   }
   Floats squares = {};
   ForVectors(n.size, [&](long i, long count) {
-    Floats left = Read(x + i, count) - mean;
+    Floats left = LoadUpTo(x + i, count) - mean;
     for (long lane = count; lane < kLanes; ++lane) left[lane] = 0;
     squares += left * left;
   });
   const float factor = 1.0f / std::sqrt(Sum(squares) / n.size + n.eps);
   ForVectors(n.size, [&](long i, long count) {
-    Floats to = (Read(x + i, count) - mean) * factor;
+    Floats to = (LoadUpTo(x + i, count) - mean) * factor;
     if (n.rounded) to = Rounded(to);
-    if (n.scale) to *= Read(n.scale + i, count) + n.more;
-    if (n.bias) to += Read(n.bias + i, count);
-    if (count == kLanes)
-      Store(y + i, to);
-    else
-      StoreSome(y + i, to, count);
+    if (n.scale) to *= LoadUpTo(n.scale + i, count) + n.more;
+    if (n.bias) to += LoadUpTo(n.bias + i, count);
+    StoreUpTo(y + i, to, count);
   });
 }
 

@@ -119,7 +119,7 @@ void Attend(const Step<E>& s, const Unit& u, const Unit* after, long rows, Scrat
     products.Gather(part, probs, sums.out, soon);
   }
   for (long r = 0; r < rows; ++r) {
-    E* const to = s.out + u.Offset(s, r);
+    E* const to = u.Result(s, r);
     const float* const from = sums.out + r * padded;
     const float share = 1.0f / Sum(Load(sums.total + r * kLanes));
     long d = 0;
@@ -197,27 +197,41 @@ void Run(ffi::ThreadPool& pool, const Step<E>& s) {
 Element* Data(ffi::AnyBuffer buffer) { return static_cast<Element*>(buffer.untyped_data()); }
 
 using Numbers = ffi::Buffer<ffi::S32>;
+using Tables = ffi::Buffer<ffi::F32>;
 
+// Queries, keys and values are three arrays, or one [T, K, G + 2, D], and two without numbers.
 ffi::Error PagedAttention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k,
                           ffi::AnyBuffer v, ffi::AnyBuffer key_pages, ffi::AnyBuffer value_pages,
                           Numbers slots, Numbers table, Numbers kv_lens, Numbers num_decodes,
                           Numbers block_rows, Numbers block_starts, Numbers positions,
-                          Numbers num_blocks, ffi::Result<ffi::AnyBuffer> out,
-                          ffi::Result<ffi::AnyBuffer> keys_out,
+                          Numbers num_blocks, Tables cos, Tables sin,
+                          ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> keys_out,
                           ffi::Result<ffi::AnyBuffer> values_out, int64_t block_q, int64_t window,
                           float scale, float softcap) {
   if (keys_out->untyped_data() != key_pages.untyped_data() ||
       values_out->untyped_data() != value_pages.untyped_data())
     return ffi::Error::Internal("jaxllm: the pages of attention were copied.");
   Step<Element> s;
-  s.q = Data(q), s.k = Data(k), s.v = Data(v), s.out = Data(*out);
+  s.out = Data(*out);
   s.key_pages = Data(key_pages), s.value_pages = Data(value_pages);
   s.slots = slots.typed_data(), s.table = table.typed_data(), s.kv_lens = kv_lens.typed_data();
   s.block_rows = block_rows.typed_data(), s.block_starts = block_starts.typed_data();
   s.positions = positions.typed_data();
   const auto pages = key_pages.dimensions();
   s.K = pages[1], s.D = pages[2], s.S = pages[3];
-  s.T = q.dimensions()[0], s.H = q.dimensions()[1], s.G = s.H / s.K, s.M = table.dimensions()[1];
+  const auto results = out->dimensions();
+  s.T = results[0], s.H = results[1], s.G = s.H / s.K, s.M = table.dimensions()[1];
+  if (k.element_count() == 0) {
+    const long head = (s.G + 2) * s.D, token = s.K * head;
+    s.q = {Data(q), token, head};
+    s.k = {Data(q) + s.G * s.D, token, head};
+    s.v = {Data(q) + (s.G + 1) * s.D, token, head};
+  } else {
+    s.q = {Data(q), s.H * s.D, s.G * s.D};
+    s.k = {Data(k), s.K * s.D, s.D};
+    s.v = {Data(v), s.K * s.D, s.D};
+  }
+  s.rotation = {cos.typed_data(), sin.typed_data(), cos.element_count() ? cos.dimensions()[1] : 0};
   s.decodes = *num_decodes.typed_data(), s.blocks = *num_blocks.typed_data();
   s.block_q = block_q, s.window = window, s.scale = scale, s.softcap = softcap;
   Run(pool, s);
@@ -243,6 +257,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(paged_attention, jaxllm::PagedAttention,
                                   .Arg<jaxllm::Numbers>()
                                   .Arg<jaxllm::Numbers>()
                                   .Arg<jaxllm::Numbers>()
+                                  .Arg<jaxllm::Tables>()
+                                  .Arg<jaxllm::Tables>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()

@@ -41,7 +41,9 @@ inline void Widen(const E* from, float* to, long count) {
 template <class E>
 const float* Queries(const Step<E>& s, const Unit& u, long rows, Scratch& scratch) {
   float* const queries = Room(scratch.queries, rows * s.D);
-  for (long r = 0; r < rows; ++r) Widen(s.q + u.Offset(s, r), queries + r * s.D, s.D);
+  static thread_local std::vector<E> rotated;
+  E* const room = Room(rotated, s.D);
+  for (long r = 0; r < rows; ++r) Widen(u.Query(s, r, room), queries + r * s.D, s.D);
   return queries;
 }
 
@@ -142,8 +144,11 @@ class InTiles {
         keys_(Room(scratch.keys16, depth_ * kKeys)),
         values_(Room(scratch.values16, kKeys * padded_)) {
     Clear(queries_, whole_ * depth_);
-    for (long r = 0; r < rows; ++r)
-      std::memcpy(queries_ + r * depth_, s.q + u.Offset(s, r), s.D * sizeof(BFloat16));
+    for (long r = 0; r < rows; ++r) {
+      BFloat16* const to = queries_ + r * depth_;
+      const BFloat16* const from = u.Query(s, r, to);
+      if (from != to) std::memcpy(to, from, s.D * sizeof(BFloat16));
+    }
     Clear(keys_ + s.D * kKeys, (depth_ - s.D) * kKeys);
   }
 

@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 #include "turn.h"
 #include "vectors.h"
@@ -24,9 +26,38 @@ constexpr long LinesOf(long count) {  // of the cache, for so many numbers
   return RoundUp(count * static_cast<long>(sizeof(E)), 64) / 64;
 }
 
+// Queries, keys or values of a step: in an array of their own, or in one that has all three.
+template <class E>
+struct Heads {
+  const E* at;
+  long token, head;  // numbers from one token to the next, and from one KV head to the next
+
+  const E* Of(long t, long h) const { return at + t * token + h * head; }
+};
+
+// Rotary positions (arXiv:2104.09864): of a head's first numbers, i is paired with i + half.
+struct Rotation {
+  const float *cos, *sin;  // [T, half]
+  long half;               // 0: none
+
+  // One head of a token, of D numbers, rotated and rounded.
+  template <class E>
+  void Rotate(const E* from, long token, long D, E* to) const {
+    ForVectors(half, [&](long i, long some) {
+      const long at = token * half + i;
+      const Floats c = LoadUpTo(cos + at, some), s = LoadUpTo(sin + at, some);
+      const Floats x = LoadUpTo(from + i, some), y = LoadUpTo(from + half + i, some);
+      StoreUpTo(to + i, x * c - y * s, some);
+      StoreUpTo(to + half + i, y * c + x * s, some);
+    });
+    std::copy(from + 2 * half, from + D, to + 2 * half);
+  }
+};
+
 template <class E>
 struct Step {
-  const E *q, *k, *v;                                    // [T, H, D], [T, K, D] twice
+  Heads<E> q, k, v;                                      // of a KV head: [G, D], [D], [D]
+  Rotation rotation;                                     // of q and k
   E *key_pages, *value_pages;                            // [P, K, D, S], [P, K, S, D]
   E* out;                                                // [T, H, D]
   const int32_t *slots, *table, *kv_lens;                // [T], [B, M], [B]
@@ -70,8 +101,18 @@ struct Unit {
   Part At(long begin, long keys) const { return {row, head, begin, std::min(begin + keys, End())}; }
 
   template <class E>
-  long Offset(const Step<E>& s, long r) const {  // of a query, in q and in out
-    return ((token + r / s.G) * s.H + head * s.G + r % s.G) * s.D;
+  E* Result(const Step<E>& s, long r) const {  // of a query
+    return s.out + ((token + r / s.G) * s.H + head * s.G + r % s.G) * s.D;
+  }
+
+  // A query, rotated; `room` for one of those.
+  template <class E>
+  const E* Query(const Step<E>& s, long r, E* room) const {
+    const long t = token + r / s.G;
+    const E* const from = s.q.Of(t, head) + r % s.G * s.D;
+    if (s.rotation.half == 0) return from;
+    s.rotation.Rotate(from, t, s.D, room);
+    return room;
   }
 };
 
@@ -129,6 +170,17 @@ JAXLLM_PREFETCHES void PrefetchSlot(const Step<E>& s, long head, long token) {
   for (long d = 0; d < s.D; ++d) __builtin_prefetch(keys + d * s.S, 1, 2);
 }
 
+// Keys of tokens [first, last) of one head, rotated; and how many numbers are between them.
+template <class E>
+std::pair<const E*, long> KeysOfStep(const Step<E>& s, long head, long first, long last) {
+  if (s.rotation.half == 0) return {s.k.Of(first, head), s.k.token};
+  static thread_local std::vector<E> rotated;
+  rotated.resize((last - first) * s.D);
+  for (long t = first; t < last; ++t)
+    s.rotation.Rotate(s.k.Of(t, head), t, s.D, rotated.data() + (t - first) * s.D);
+  return {rotated.data(), s.D};
+}
+
 // Puts keys and values of tokens [begin, end) of one head into their slots.
 template <class E>
 void Write(const Step<E>& s, long head, long begin, long end) {
@@ -138,14 +190,14 @@ void Write(const Step<E>& s, long head, long begin, long end) {
     while (last < end && s.slots[last] == s.slots[last - 1] + 1 && s.slots[last] / s.S == page)
       ++last;
     E* keys = s.Keys(head, page) + offset;
-    const E* const from = s.k + (first * s.K + head) * s.D;
+    const auto [from, row] = KeysOfStep(s, head, first, last);
     if (last - first == 1)
       for (long d = 0; d < s.D; ++d) keys[d * s.S] = from[d];
     else
-      TurnAsIs(from, s.K * s.D, last - first, s.D, keys, s.S);
+      TurnAsIs(from, row, last - first, s.D, keys, s.S);
     E* values = s.Values(head, page) + offset * s.D;
     for (long t = first; t < last; ++t)
-      std::memcpy(values + (t - first) * s.D, s.v + (t * s.K + head) * s.D, s.D * sizeof(E));
+      std::memcpy(values + (t - first) * s.D, s.v.Of(t, head), s.D * sizeof(E));
     first = last;
   }
 }

@@ -214,6 +214,25 @@ inline void StoreSome(T* to, Floats x, long count) {
   std::memcpy(static_cast<void*>(to), padded, count * sizeof(T));
 }
 
+// Up to a whole vector.
+template <class T>
+inline Floats LoadUpTo(const T* from, long count) {
+  return count == kLanes ? Load(from) : LoadSome(from, count);
+}
+
+template <class T>
+inline void StoreUpTo(T* to, Floats x, long count) {
+  count == kLanes ? Store(to, x) : StoreSome(to, x, count);
+}
+
+// Calls `body(i, count)` for each vector of so many numbers: where it begins, and what it has.
+template <class Body>
+inline void ForVectors(long size, const Body& body) {
+  long i = 0;
+  for (; i + kLanes <= size; i += kLanes) body(i, static_cast<long>(kLanes));
+  if (i < size) body(i, size - i);
+}
+
 // ------------------------------------------------------------------ functions
 
 // A polynomial of r, near 0, that is e^r: Cephes' expf.

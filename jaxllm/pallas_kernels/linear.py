@@ -18,9 +18,10 @@ def linear(
     bias: jax.Array | None,
     dtype: DTypeLike,
     kernel: str,
+    onto: jax.Array | None = None,
     num_tokens: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns `x @ weight.T + bias`, summed in float32 and rounded once.
+    """Returns `x @ weight.T + bias`, summed in float32 and rounded once; or `onto` plus that.
 
     Args:
         x: [T, ..., K].
@@ -28,14 +29,16 @@ def linear(
         bias: [N], of that type too; or None.
         dtype: Of the result: that type, or float32.
         kernel: As `native.build.target_for` names it.
+        onto: [T, ..., N], of the dtype of the result; the sum is rounded, too. Or None.
         num_tokens: int32 [], how many are computed, the first ones; None: all.
 
     Returns:
         [T, ..., N], zeros where nothing is computed.
     """
     added = jnp.zeros(0, x.dtype) if bias is None else bias
+    stream = jnp.zeros(0, dtype) if onto is None else onto
     lead, depth = x.shape[:-1], x.shape[-1]
     rows, count = x.reshape(math.prod(lead), depth), num_rows(num_tokens, lead)
     result = jax.ShapeDtypeStruct((rows.shape[0], weight.shape[0]), dtype)
-    y = jax.ffi.ffi_call(kernel, result)(rows, weight, added, count)
+    y = jax.ffi.ffi_call(kernel, result)(rows, weight, added, stream, count)
     return y.reshape(*lead, weight.shape[0])

@@ -56,7 +56,7 @@ def compiled_of_some(dtype):
     """The kernel, told how many tokens to compute; jitted."""
 
     def run(x, weight, bias, num_tokens):
-        return linear(x, weight, bias, dtype, target("linear", dtype), num_tokens)
+        return linear(x, weight, bias, dtype, target("linear", dtype), num_tokens=num_tokens)
 
     return jax.jit(run)
 
@@ -129,6 +129,25 @@ def test_what_a_thread_packed_for_one_call_serves_no_other(dtype):
         x = numbers((20, 32), dtype, seed)
         want, size = exact(x, weight)
         assert np.all(np.abs(np.asarray(run(x, weight, None)) - want) <= 2e-6 * size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_outputs", [48, 70])
+@pytest.mark.parametrize("num_tokens", [2, 8, 9, 64, 65, 130])
+def test_what_products_are_added_to_is_a_sum_of_rounded_ones(num_tokens, num_outputs, dtype):
+    weight, bias = numbers((num_outputs, 64), dtype, 1), numbers((num_outputs,), dtype, 2)
+    x, onto = numbers((num_tokens, 64), dtype, 3), numbers((num_tokens, num_outputs), dtype, 4)
+
+    def run(x, weight, bias, onto):
+        return linear(
+            x, weight, bias, dtype, target("linear", dtype), onto, np.int32(num_tokens - 1)
+        )
+
+    y = jax.jit(run)(x, weight, bias, onto)
+
+    product = compiled(dtype, dtype, True)(x[:-1], weight, bias)
+    assert np.array_equal(np.asarray(y[:-1]), np.asarray(onto[:-1] + product))
+    assert not np.asarray(y[-1]).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,8 +8,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxllm.modeling.layers.rope import rotate
 from jaxllm.native import build
-from jaxllm.pallas_kernels.attention import AttentionSpec, PagedAttend, compiled_tuning_for
+from jaxllm.pallas_kernels.attention import (
+    AttentionSpec,
+    PagedAttend,
+    compiled_tuning_for,
+    tuning_for,
+)
 from tests import attention
 from tests.attention import Sizes
 
@@ -123,6 +129,67 @@ def test_writes_the_tokens_of_the_step_and_nothing_else(sizes, dtype):
 
     for held, wanted in zip(written, case.written, strict=True):
         np.testing.assert_array_equal(held, np.asarray(stored(wanted)))
+
+
+def run_fused(case, spec, rope):
+    """Queries, keys and values as one product gives them."""
+    call = jax.jit(lambda attend, qkv, c: attend.fused(qkv, rope, c, spec), donate_argnums=2)
+    num_tokens, num_kv_heads, head_dim = case.k.shape
+    queries = case.q.reshape(num_tokens, num_kv_heads, -1, head_dim)
+    qkv = np.concatenate([queries, case.k[:, :, None], case.v[:, :, None]], axis=2)
+    out, written = call(case.attend, jnp.asarray(qkv), tuple(map(stored, case.caches)))
+    return np.asarray(out), tuple(map(np.asarray, written))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_fused_heads_are_read_where_they_lie(sizes, dtype):
+    spec = AttentionSpec(scale=SIZES[sizes].head_dim ** -0.5)
+    case = make_case(SIZES[sizes], spec, dtype)
+
+    fused, written = run_fused(case, spec, None)
+
+    out, written_apart = run(case, spec)
+    np.testing.assert_array_equal(fused, out)
+    for held, apart in zip(written, written_apart, strict=True):
+        np.testing.assert_array_equal(held, apart)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("part", [1, 0.4])
+@pytest.mark.parametrize(
+    "sizes", ["as a page lies", "pages shorter than a part", "head of 80", "head of 20"]
+)
+def test_fused_heads_are_rotated_and_rounded(sizes, part, dtype):
+    head_dim = SIZES[sizes].head_dim
+    spec = AttentionSpec(scale=head_dim**-0.5)
+    case = make_case(SIZES[sizes], spec, dtype)
+    angles = np.outer(np.arange(len(case.q)), 0.9 ** np.arange(int(part * head_dim) // 2))
+    rope = jnp.cos(jnp.asarray(angles, "float32")), jnp.sin(jnp.asarray(angles, "float32"))
+
+    fused, written = run_fused(case, spec, rope)
+
+    case.q, case.k = (np.asarray(jax.jit(rotate)(jnp.asarray(x), *rope)) for x in (case.q, case.k))
+    out, written_apart = run(case, spec)
+    step = float(ml_dtypes.finfo(dtype).eps)
+    for mine, other in zip((fused, *written), (out, *written_apart), strict=True):
+        mine, other = (numbers(x, dtype) for x in (mine, other))
+        np.testing.assert_allclose(mine, other, rtol=2 * step, atol=8 * step)
+
+
+def numbers(array, dtype):
+    """What an array holds, of which the bits may be in integers."""
+    return (array.view(dtype) if array.dtype == np.uint16 else array).astype(np.float64)
+
+
+def test_fused_heads_are_for_the_kernel_alone():
+    spec = AttentionSpec(scale=0.3)
+    case = make_case(AS_IT_LIES, spec)
+    case.attend = dataclasses.replace(case.attend, tuning=tuning_for("cpu"))
+
+    assert not case.attend.takes_fused
+    with pytest.raises(ValueError, match="for a compiled kernel's cache"):
+        run_fused(case, spec, None)
 
 
 @pytest.mark.parametrize("reader", [0, 1])

@@ -58,10 +58,10 @@ class Gemma2Layer(DecoderLayer):
     ) -> tuple[jax.Array, LayerCache]:
         """[T, E] and this layer's cache -> [T, E] and the cache, written."""
         attended, cache = self.attn(self.attn_norm(x), cache, ctx)
-        attended = ctx.sharder.pin(attended, "tokens", "embed")
-        x = self.add(x, self.attn_post_norm(attended), ctx)
-        fed = ctx.sharder.pin(self.mlp(ctx.sharder.whole(self.mlp_norm(x))), "tokens", "embed")
-        return self.add(x, self.mlp_post_norm(fed), ctx), cache
+        attended = self.stream(attended, ctx)
+        x = self.stream(x + self.attn_post_norm(attended), ctx)
+        fed = self.stream(self.mlp(ctx.sharder.whole(self.mlp_norm(x))), ctx)
+        return self.stream(x + self.mlp_post_norm(fed), ctx), cache
 
 
 def build(config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Decoder:

@@ -84,7 +84,7 @@ class ParallelLayer(DecoderLayer):
         """[T, E] and this layer's cache -> [T, E] and the cache, written."""
         whole = ctx.sharder.whole(x)  # once for both
         attended, cache = self.attn(self.attn_norm(whole), cache, ctx)
-        return self.add(x, self.mlp(self.mlp_norm(whole)) + attended, ctx), cache
+        return self.stream(x + (self.mlp(self.mlp_norm(whole)) + attended), ctx), cache
 
 
 def build(config: GPTNeoXConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Decoder:

@@ -91,10 +91,9 @@ class PostNormLayer(DecoderLayer):
         self, x: jax.Array, cache: LayerCache, ctx: Context
     ) -> tuple[jax.Array, LayerCache]:
         """[T, E] and this layer's cache -> [T, E] and the cache, written."""
-        attended, cache = self.attn(x, cache, ctx)
-        x = self.attn_norm(self.add(x, attended, ctx))
-        x = self.mlp_norm(self.add(x, self.mlp(ctx.sharder.whole(x)), ctx))
-        return x, cache
+        x, cache = self.attn(x, cache, ctx, onto=x)
+        x = self.attn_norm(self.stream(x, ctx))
+        return self.mlp_norm(self.stream(self.mlp(ctx.sharder.whole(x), onto=x), ctx)), cache
 
 
 class OPTDecoder(Decoder):

@@ -37,6 +37,7 @@ class Attention(nnx.Module):
             {"q_heads": config.num_heads, "head_dim": config.head_dim},
             {"embed": config.embed_dim},
             bias=config.o_bias,
+            factor=config.residual_scale,
             dtype=dtype,
             rngs=rngs,
         )
@@ -52,10 +53,13 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, cache: LayerCache, ctx: Context
+        self, x: jax.Array, cache: LayerCache, ctx: Context, onto: jax.Array | None = None
     ) -> tuple[jax.Array, LayerCache]:
-        """[T, E] and this layer's cache -> [T, E] and the cache, written."""
+        """[T, E] and this layer's cache -> [T, E], added to `onto`, and the cache, written."""
         qkv = self.qkv(ctx.sharder.whole(x))  # [T, K, G+2, D]
+        if ctx.attend.takes_fused and self.q_norm is None:
+            out, cache = ctx.attend.fused(qkv, ctx.rope, cache, self.spec)
+            return self.o(out, onto), cache
         q = qkv[:, :, : self.group_size]  # [T, K, G, D]
         k, v = qkv[:, :, self.group_size], qkv[:, :, self.group_size + 1]  # [T, K, D]
         if self.q_norm is not None and self.k_norm is not None:
@@ -64,4 +68,4 @@ class Attention(nnx.Module):
             q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
         q = q.reshape(q.shape[0], -1, q.shape[-1])  # [T, H, D]
         out, cache = ctx.attend(q, k, v, cache, self.spec)
-        return self.o(out), cache
+        return self.o(out, onto), cache

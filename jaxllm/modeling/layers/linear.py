@@ -47,8 +47,8 @@ class Product(nnx.Module):
     num_in: int = 1
     """How many axes are contracted."""
 
-    def contract(self, x: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """Returns `x @ weight.T + bias`.
+    def contract(self, x: jax.Array, dtype: DTypeLike, onto: jax.Array | None = None) -> jax.Array:
+        """Returns `x @ weight.T + bias`, or `onto` plus that.
 
         Sums are float32 and rounded once; between devices, partial sums are added in
         `dtype`, in float32 if there is a bias. float32 means float32: no TF32 on a GPU.
@@ -56,6 +56,7 @@ class Product(nnx.Module):
         Args:
             x: [..., *in], of the dtype of the weight.
             dtype: Of the result: that one, or float32.
+            onto: [..., *out], of that dtype; the sum is rounded, too.
 
         Returns:
             [..., *out].
@@ -66,12 +67,14 @@ class Product(nnx.Module):
         x = x.reshape(*lead, -1)
         if self.kernel:
             added = None if bias is None else bias.reshape(-1)
+            stream = None if onto is None else onto.reshape(*lead, -1)
             count = None if self.num_tokens is None else self.num_tokens[...]
-            return linear(x, matrix, added, dtype, self.kernel, count).reshape(*lead, *out)
+            y = linear(x, matrix, added, dtype, self.kernel, stream, count)
+            return y.reshape(*lead, *out)
         y = multiplied(x, matrix, dtype if bias is None else jnp.float32).reshape(*lead, *out)
-        if bias is None:
-            return y
-        return (y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)).astype(dtype)
+        if bias is not None:
+            y = (y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)).astype(dtype)
+        return y if onto is None else onto + y
 
 
 def multiplied(x: jax.Array, matrix: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -123,6 +126,7 @@ class Linear(Product):
         parts: tuple[int, ...] = (),
         copies: tuple[int, ...] = (),
         bias: bool = False,
+        factor: float | None = None,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
@@ -135,12 +139,13 @@ class Linear(Product):
             parts: How the checkpoint's tensors divide the axis `parts`.
             copies: How often each part's rows come along the first axis (`abstract.Leaf`).
             bias: Whether there is a bias.
+            factor: Of the result, which is rounded before and after; None for 1.
             dtype: Of the parameters.
             rngs: Source of the initial values.
         """
         out_shape, in_shape = tuple(outputs.values()), tuple(inputs.values())
         out_axes = tuple(None if name == "parts" else name for name in outputs)
-        self.num_in = len(in_shape)
+        self.num_in, self.factor = len(in_shape), factor
         self.weight = nnx.Param(
             normal_init(rngs.params(), out_shape + in_shape, math.prod(in_shape), dtype),
             axes=(*out_axes, *inputs),
@@ -151,6 +156,9 @@ class Linear(Product):
         about = {"axes": out_axes, "num_in": 0, "parts": parts, "copies": copies}
         self.bias = nnx.Param(jnp.zeros(out_shape, dtype), **about) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., *in] -> [..., *out], of the dtype of `x`."""
-        return self.contract(x, x.dtype)
+    def __call__(self, x: jax.Array, onto: jax.Array | None = None) -> jax.Array:
+        """[..., *in] -> [..., *out], of the dtype of `x`, added to `onto`."""
+        if self.factor is None:
+            return self.contract(x, x.dtype, onto)
+        y = scaled(self.contract(x, x.dtype), self.factor)
+        return y if onto is None else onto + y

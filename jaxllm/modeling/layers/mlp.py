@@ -32,6 +32,7 @@ class GatedMLP(nnx.Module):
         *,
         activation: str,
         bias: bool = False,
+        factor: float | None = None,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
@@ -44,15 +45,20 @@ class GatedMLP(nnx.Module):
             rngs=rngs,
         )
         self.down = Linear(
-            {"mlp": mlp_dim}, {"embed": embed_dim}, bias=bias, dtype=dtype, rngs=rngs
+            {"mlp": mlp_dim},
+            {"embed": embed_dim},
+            bias=bias,
+            factor=factor,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.activation = activation
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[T, E] -> [T, E]."""
+    def __call__(self, x: jax.Array, onto: jax.Array | None = None) -> jax.Array:
+        """[T, E] -> [T, E], added to `onto`."""
         gate_up = self.gate_up(x).astype(jnp.float32)  # [T, F, 2]
         gate, up = gate_up[..., 0], gate_up[..., 1]  # [T, F]
-        return self.down((ACTIVATIONS[self.activation](gate) * up).astype(x.dtype))
+        return self.down((ACTIVATIONS[self.activation](gate) * up).astype(x.dtype), onto)
 
 
 class MLP(nnx.Module):
@@ -65,19 +71,25 @@ class MLP(nnx.Module):
         *,
         activation: str,
         bias: bool = False,
+        factor: float | None = None,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         self.up = Linear({"embed": embed_dim}, {"mlp": mlp_dim}, bias=bias, dtype=dtype, rngs=rngs)
         self.down = Linear(
-            {"mlp": mlp_dim}, {"embed": embed_dim}, bias=bias, dtype=dtype, rngs=rngs
+            {"mlp": mlp_dim},
+            {"embed": embed_dim},
+            bias=bias,
+            factor=factor,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.activation = activation
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[T, E] -> [T, E]."""
+    def __call__(self, x: jax.Array, onto: jax.Array | None = None) -> jax.Array:
+        """[T, E] -> [T, E], added to `onto`."""
         up = self.up(x).astype(jnp.float32)
-        return self.down(ACTIVATIONS[self.activation](up).astype(x.dtype))
+        return self.down(ACTIVATIONS[self.activation](up).astype(x.dtype), onto)
 
 
 MLPS: dict[str, Callable[..., GatedMLP | MLP]] = {"gated": GatedMLP, "plain": MLP}
@@ -91,6 +103,7 @@ def mlp_layer(config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Gated
         config.mlp_dim,
         activation=config.activation,
         bias=config.mlp_bias,
+        factor=config.residual_scale,
         dtype=dtype,
         rngs=rngs,
     )

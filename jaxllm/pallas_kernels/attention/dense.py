@@ -9,6 +9,7 @@ from jaxllm.pallas_kernels.attention.spec import (
     MASKED,
     AttentionSpec,
     LayerCache,
+    Rope,
     capped,
     product,
 )
@@ -41,3 +42,14 @@ class DenseAttend:
         probs = jax.nn.softmax(jnp.where(seen[None, None], scores, MASKED), axis=-1)
         out = product("kgqc,ckd->qkgd", probs, v, upcast=True)
         return out.astype(q.dtype).reshape(num_tokens, num_heads, head_dim), cache
+
+    @property
+    def takes_fused(self) -> bool:
+        """It does not."""
+        return False
+
+    def fused(
+        self, qkv: jax.Array, rope: Rope | None, cache: LayerCache, spec: AttentionSpec
+    ) -> tuple[jax.Array, LayerCache]:
+        """Raises NotImplementedError."""
+        raise NotImplementedError("DenseAttend takes queries, keys and values one by one.")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.pallas_kernels.attention.spec import AttentionSpec
+from jaxllm.pallas_kernels.attention.spec import AttentionSpec, Rope
 
 if TYPE_CHECKING:
     from jaxllm.pallas_kernels.attention.paged import PagedAttend
@@ -38,23 +38,61 @@ def attend(
     Returns:
         [T, H, D], zeros for padding; and the pages, with nothing written for padding.
     """
+    return _call((q, k, v), q.shape, None, pages, step, spec)
+
+
+def attend_fused(
+    qkv: jax.Array,
+    rope: Rope | None,
+    pages: tuple[jax.Array, ...],
+    step: PagedAttend,
+    spec: AttentionSpec,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Rotates queries and keys, writes and attends.
+
+    Args:
+        qkv: [T, K, G + 2, D], of each KV head its queries, its key and its value.
+        rope: As `Attend.fused`.
+        pages: As `attend`.
+        step: As `attend`.
+        spec: The layer's constants.
+
+    Returns:
+        As `attend`.
+    """
+    num_tokens, num_kv_heads, parts, head_dim = qkv.shape
+    shape = (num_tokens, num_kv_heads * (parts - 2), head_dim)
+    nothing = jnp.zeros(0, qkv.dtype)
+    return _call((qkv, nothing, nothing), shape, rope, pages, step, spec)
+
+
+def _call(
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    shape: tuple[int, ...],
+    rope: Rope | None,
+    pages: tuple[jax.Array, ...],
+    step: PagedAttend,
+    spec: AttentionSpec,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Calls the kernel, whose result has this shape."""
     blocks = step.blocks
     none = jnp.zeros(0, jnp.int32)
     chunks = (none, none, none, jnp.int32(0))
     if blocks is not None:
         chunks = (blocks.rows, blocks.starts, blocks.positions, blocks.count)
-    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *pages)]
+    still = jnp.zeros((0, 0), jnp.float32)
+    result = jax.ShapeDtypeStruct(shape, qkv[0].dtype)
+    results = [result, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pages)]
     call = jax.ffi.ffi_call(step.tuning.target, results, input_output_aliases={3: 1, 4: 2})
     out, *written = call(
-        q,
-        k,
-        v,
+        *qkv,
         *pages,
         step.slot_mapping,
         step.page_table,
         step.kv_lens,
         step.num_decodes,
         *chunks,
+        *(rope or (still, still)),
         block_q=np.int64(step.block_q),
         window=np.int64(spec.window or 0),
         scale=np.float32(spec.scale),

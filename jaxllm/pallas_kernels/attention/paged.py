@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxllm.pallas_kernels.attention import native, xla
-from jaxllm.pallas_kernels.attention.spec import AttentionSpec, LayerCache, Tuning
+from jaxllm.pallas_kernels.attention.spec import AttentionSpec, LayerCache, Rope, Tuning
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +78,20 @@ class PagedAttend:
         # make float32 of all of them, and back, each time.
         queries = q.astype(jnp.float32) if self.tuning.upcast else q
         return self._attended(queries, pages, spec, k.dtype).astype(q.dtype), pages
+
+    @property
+    def takes_fused(self) -> bool:
+        """Whether a compiled kernel serves, which rotates, too."""
+        return bool(self.tuning.target)
+
+    def fused(
+        self, qkv: jax.Array, rope: Rope | None, cache: LayerCache, spec: AttentionSpec
+    ) -> tuple[jax.Array, LayerCache]:
+        """Takes [T, K, G + 2, D], tables [T, N/2] or None -> [T, H, D], the pages written."""
+        if not self.takes_fused or cache is None:
+            raise ValueError("Fused queries, keys and values are for a compiled kernel's cache.")
+        self.check_shapes(qkv[:, :, 0], qkv[:, :, -2], qkv[:, :, -1], cache)
+        return native.attend_fused(qkv, rope, cache, self, spec)
 
     def _attended(
         self, q: jax.Array, pages: tuple[jax.Array, ...], spec: AttentionSpec, dtype: DTypeLike

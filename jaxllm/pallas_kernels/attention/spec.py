@@ -12,6 +12,10 @@ from jaxllm.native.build import target_for
 LayerCache = tuple[jax.Array, ...] | None
 """What one layer keeps: (K pages, V pages); None in a cacheless forward."""
 
+Rope = tuple[jax.Array, jax.Array]
+"""Cosines and sines of the step's positions, float32 [T, N/2] each: of a head's first N numbers, i
+is paired with i + N/2 (arXiv:2104.09864)."""
+
 MASKED = -1e30
 """Score of a key that must not be seen; finite, so that an empty row has no NaN."""
 
@@ -52,6 +56,24 @@ class Attend(Protocol):
         spec: AttentionSpec,
     ) -> tuple[jax.Array, LayerCache]:
         """Takes q [T, H, D], k and v [T, K, D], a layer's cache -> [T, H, D], the cache."""
+        ...
+
+    @property
+    def takes_fused(self) -> bool:
+        """Whether `fused` may be called."""
+        ...
+
+    def fused(
+        self, qkv: jax.Array, rope: Rope | None, cache: LayerCache, spec: AttentionSpec
+    ) -> tuple[jax.Array, LayerCache]:
+        """The same of queries, keys and values as one product gives them, not yet rotated.
+
+        Args:
+            qkv: [T, K, G + 2, D], of each KV head its queries, its key and its value.
+            rope: Cosines and sines; None: no rotation.
+            cache: Of the layer.
+            spec: The layer's constants.
+        """
         ...
 
 
