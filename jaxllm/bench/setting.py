@@ -86,7 +86,7 @@ def engine_rows(traces: list[Trace]) -> list[tuple[str, str]]:
     rows = [
         ("steps", f"{steps:,}, of which {ahead:,} were launched ahead"),
         ("host, ms a step", f"{1e3 * host / max(1, steps):.3f}"),
-        ("padding waste", f"{padded / max(1, tokens + padded):.1%} of the tokens computed"),
+        ("padding waste", f"{padded / max(1, tokens + padded):.1%} of the programs' tokens"),
     ]
     if compiled:
         seconds = sum(t.counts.compile_seconds for t in traces)

@@ -35,8 +35,8 @@ struct Map {
   Y* y;                        // [T, N]
   long T, K, N;
 
-  // Ends tokens and outputs of y from (t, n) on: products are there.
-  void End(long t, long n, long tokens, long outputs) const {
+  // Completes y, which has products, of so many tokens and outputs from (t, n) on.
+  void AddOnto(long t, long n, long tokens, long outputs) const {
     if (!onto) return;
     for (long at = t * N + n; tokens > 0; --tokens, at += N)
       ForVectors(outputs, [&](long i, long some) {
@@ -139,7 +139,7 @@ void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
             for (long j = 0; j < count; ++j) results[r * kTogether + j] += bias;
           }
           Turn(results, kTogether, rows, count, m.y + (first + t) * m.N + n, m.N);
-          m.End(first + t, n, count, rows);
+          m.AddOnto(first + t, n, count, rows);
         }
       }
     }
@@ -186,7 +186,7 @@ void RunTurned(ffi::ThreadPool& pool, const Map<BFloat16, Y>& m) {
         if (!pieces.Ends(i)) continue;
         Finish(square, some, m.bias ? m.bias + n : nullptr, pieces.Outputs(i),
                m.y + (first + t) * m.N + n, m.N);
-        m.End(first + t, n, some, pieces.Outputs(i));
+        m.AddOnto(first + t, n, some, pieces.Outputs(i));
       }
       turner.Finish();
       std::swap(turned, after);

@@ -2,7 +2,7 @@
 
 Both forms are a pytree that is called as `attend(q, k, v, cache, spec)`, so one
 definition of a model serves the engine (`PagedAttend`) and the cacheless forward
-(`DenseAttend`: the oracle, training, pooling).
+(`DenseAttend`: the oracle, training, pooling). One that `takes_fused` rotates, too.
 """
 
 from jaxllm.pallas_kernels.attention.dense import DenseAttend
