@@ -18,6 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -109,8 +112,10 @@ def _problem(dtype: str) -> str | None:
     if refused := _unsupported(dtype):
         return refused
     try:
-        for source in SOURCES.glob("*.cc"):
-            target(source.stem, dtype)
+        kernels = sorted(source.stem for source in SOURCES.glob("*.cc"))
+        _compile([_library(kernel, dtype) for kernel in kernels])
+        for kernel in kernels:
+            target(kernel, dtype)
     except NativeBuildError as error:
         logger.warning("no kernel is compiled for this processor, and XLA's is slower: %s", error)
         return str(error)
@@ -150,15 +155,17 @@ def target(kernel: str, dtype: str) -> str:
     Raises:
         NativeBuildError: There is no compiler, or it failed.
     """
-    path = _library(kernel, dtype)
+    library = _library(kernel, dtype)
+    _compile([library])
     name = f"jaxllm_{kernel}_{dtype}_{_digest(*_sources())[:12]}"
     if name not in _registered:  # XLA takes a name once in a process
         try:
-            symbol = getattr(ctypes.CDLL(str(path)), kernel)
+            symbol = getattr(ctypes.CDLL(str(library.path)), kernel)
         except (OSError, AttributeError) as error:
             raise NativeBuildError(
-                f"{path} could not be loaded: {error}. Delete it, or set JAXLLM_CACHE_ROOT to a "
-                f"folder from which programs may be run, or {SWITCH}=0 to run without."
+                f"{library.path} could not be loaded: {error}. Delete it, or set "
+                "JAXLLM_CACHE_ROOT to a folder from which programs may be run, or "
+                f"{SWITCH}=0 to run without."
             ) from error
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(symbol), platform="cpu")
         _registered.add(name)
@@ -168,8 +175,21 @@ def target(kernel: str, dtype: str) -> str:
 _registered: set[str] = set()
 
 
-def _library(kernel: str, dtype: str) -> Path:
-    """Returns the shared library of a kernel, compiled if there is none yet."""
+@dataclass(frozen=True, slots=True)
+class _Library:
+    """The shared library of a kernel, and what makes it."""
+
+    path: Path
+    command: tuple[str, ...]
+
+    @property
+    def kernel(self) -> str:
+        """Its name."""
+        return self.path.stem.split("-")[0]
+
+
+def _library(kernel: str, dtype: str) -> _Library:
+    """Returns the library of a kernel, whether there is one yet or not."""
     command = compiler()
     if command is None:
         raise NativeBuildError(
@@ -183,33 +203,48 @@ def _library(kernel: str, dtype: str) -> Path:
         *_sources(), *map(str.encode, (*flags, *command, _version(command), _processor()))
     )
     path = cache_root() / "native" / f"{kernel}-{dtype}-{key[:24]}.so"
-    if not path.exists():
-        _compile([*command, *flags, str(SOURCES / f"{kernel}.cc")], path)
-    return path
+    return _Library(path, (*command, *flags, str(SOURCES / f"{kernel}.cc")))
 
 
-def _compile(command: list[str], path: Path) -> None:
-    """Runs a compiler; what it makes appears whole or not at all."""
+def _compile(libraries: Sequence[_Library]) -> None:
+    """Makes those that are not there yet, all at once; each appears whole or not at all."""
+    missing = [library for library in libraries if not library.path.exists()]
+    if not missing:
+        return
     start = time.perf_counter()
-    logger.info("Compiling %s for this processor, which happens once", path.stem.split("-")[0])
+    names = ", ".join(library.kernel for library in missing)
+    logger.info("Compiling %s for this processor, which happens once", names)
+    with ExitStack() as stack:  # which ends what still runs after an error or an interrupt
+        running = [(library, *_start(library, stack)) for library in missing]
+        for library, process, made in running:
+            said = process.communicate()[1]
+            if process.returncode:
+                last = "\n".join(said.strip().splitlines()[-20:])
+                raise NativeBuildError(
+                    f"{' '.join(library.command)} failed (exit status {process.returncode}). Set "
+                    f"CXX to another compiler, or {SWITCH}=0 to run without. It said:\n{last}"
+                )
+            made.replace(library.path)
+    logger.info("Compiled in %.1f seconds", time.perf_counter() - start)
+
+
+def _start(library: _Library, stack: ExitStack) -> tuple["subprocess.Popen[str]", Path]:
+    """Starts a compiler; returns its process, and what it makes in a folder of its own."""
+    path, command = library.path, library.command
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            ran = subprocess.run(
-                [*command, "-o", str(made)], capture_output=True, text=True, check=False
-            )
-            if ran.returncode == 0:
-                made.replace(path)
+        made = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent))) / path.name
+        process = subprocess.Popen(
+            [*command, "-o", str(made)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     except OSError as error:
         raise NativeBuildError(f"{command[0]} could not make {path}: {error}.") from error
-    if ran.returncode:
-        last = "\n".join(ran.stderr.strip().splitlines()[-20:])
-        raise NativeBuildError(
-            f"{' '.join(command)} failed (exit status {ran.returncode}). Set CXX to another "
-            f"compiler, or {SWITCH}=0 to run without. It said:\n{last}"
-        )
-    logger.info("Compiled it in %.1f seconds", time.perf_counter() - start)
+    stack.enter_context(process)
+    stack.callback(process.kill)
+    return process, made
 
 
 @functools.cache
@@ -226,6 +261,7 @@ def _digest(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
+@functools.cache
 def _version(command: tuple[str, ...]) -> str:
     """Returns what identifies a compiler, and the headers of XLA that it reads."""
     try:

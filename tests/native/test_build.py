@@ -1,8 +1,10 @@
 """Kernels are compiled once, and what goes wrong is said."""
 
 import logging
+import os
 import platform
 import re
+import sys
 
 import pytest
 
@@ -37,6 +39,54 @@ def test_a_kernel_is_compiled_once(fresh, caplog):
     assert name.startswith("jaxllm_paged_attention_float32_")
     assert library.stat().st_mtime_ns == made
     assert caplog.text.count("Compiling paged_attention for this processor") == 1
+
+
+def test_all_kernels_are_compiled_at_once(fresh, monkeypatch, tmp_path):
+    """Each of these compilers waits until the others have begun, too."""
+    script = tmp_path / "cxx"
+    kernels = sorted(source.stem for source in build.SOURCES.glob("*.cc"))
+    script.write_text(
+        f"""#!{sys.executable}
+import sys, time
+from pathlib import Path
+
+if sys.argv[1:] != ["--version"]:
+    begun = Path({str(tmp_path)!r}, "begun")
+    begun.mkdir(exist_ok=True)
+    (begun / Path(sys.argv[-3]).stem).touch()
+    end = time.monotonic() + 60
+    while len(list(begun.iterdir())) < {len(kernels)}:
+        if time.monotonic() > end:
+            sys.exit("the others have not begun")
+        time.sleep(0.01)
+    Path(sys.argv[-1]).touch()
+"""
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+
+    build._compile([build._library(kernel, "float32") for kernel in kernels])
+
+    assert sorted(path.name.split("-")[0] for path in fresh.iterdir()) == kernels
+
+
+def test_one_that_fails_leaves_no_compiler_behind(fresh, monkeypatch, tmp_path):
+    script, pids = tmp_path / "cxx", tmp_path / "pids"
+    script.write_text(
+        f"#!/bin/sh\n[ $1 = --version ] && exit 0\necho $$ >> {pids}\n"
+        "case $* in *greatest.cc*) exit 7;; esac\nexec sleep 60\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv(build.SWITCH, "1")
+
+    with pytest.raises(NativeBuildError, match="exit status 7"):
+        compiled_tuning_for("cpu", 1, "float32")
+
+    for pid in map(int, pids.read_text().split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not list(fresh.iterdir())
 
 
 def test_a_library_is_of_its_sources_flags_and_processor(fresh, monkeypatch):
@@ -156,7 +206,7 @@ def test_other_types_have_no_kernel(fresh):
 @pytest.mark.parametrize("kernel", ["paged_attention", "linear"])
 def test_memory_is_asked_for_ahead(kernel):
     """Compilers may drop a prefetch, and nothing but time would tell."""
-    code = build._library(kernel, "float32").read_bytes()
+    code = build._library(kernel, "float32").path.read_bytes()
 
     prefetches = [m for m in re.finditer(rb"\x0f\x18(.)", code, re.DOTALL) if m[1][0] >> 3 & 7 == 2]
     assert len(prefetches) >= 8  # `prefetcht1`
