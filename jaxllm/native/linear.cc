@@ -215,6 +215,8 @@ T* Data(ffi::AnyBuffer buffer) {
 ffi::Error Linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
                   ffi::AnyBuffer bias, ffi::AnyBuffer onto, Count count,
                   ffi::Result<ffi::AnyBuffer> y) {
+  if (onto.element_count() && onto.element_type() != y->element_type())
+    return ffi::Error::Internal("jaxllm: products are added to another type than theirs.");
   const auto run = [&](auto* to) {
     using Y = std::remove_pointer_t<decltype(to)>;
     const Element* const added = bias.element_count() ? Data<Element>(bias) : nullptr;

@@ -154,7 +154,8 @@ def test_a_library_that_cannot_be_loaded_is_said(fresh, monkeypatch):
     (library,) = fresh.iterdir()
     library.unlink()  # not over the old one, which this process has loaded
     library.write_bytes(b"half of one")
-    monkeypatch.setattr(build, "_registered", set())
+    others = {name for name in build._registered if "paged_attention" not in name}
+    monkeypatch.setattr(build, "_registered", others)
     monkeypatch.setenv(build.SWITCH, "1")
     build.target.cache_clear()
 

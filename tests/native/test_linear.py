@@ -150,6 +150,16 @@ def test_what_products_are_added_to_is_a_sum_of_rounded_ones(num_tokens, num_out
     assert not np.asarray(y[-1]).any()
 
 
+def test_products_are_added_to_their_own_type_alone():
+    x, onto = numbers((4, 16), "bfloat16", 1), numbers((4, 4), "float32", 2)
+
+    def run(x, onto):
+        return linear(x, x, None, "bfloat16", target("linear", "bfloat16"), onto)
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="added to another type than theirs"):
+        jax.jit(run)(x, onto).block_until_ready()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("depth", [33, 64])
 @pytest.mark.parametrize("num_tokens", [0, 1, 8, 9, 64, 65, 129, 130])
