@@ -14,12 +14,13 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -224,27 +225,45 @@ def _compile(libraries: Sequence[_Library]) -> None:
                     f"{' '.join(library.command)} failed (exit status {process.returncode}). Set "
                     f"CXX to another compiler, or {SWITCH}=0 to run without. It said:\n{last}"
                 )
-            made.replace(library.path)
+            with _said(library):
+                made.replace(library.path)
     logger.info("Compiled in %.1f seconds", time.perf_counter() - start)
 
 
 def _start(library: _Library, stack: ExitStack) -> tuple["subprocess.Popen[str]", Path]:
     """Starts a compiler; returns its process, and what it makes in a folder of its own."""
-    path, command = library.path, library.command
-    try:
+    path = library.path
+    with _said(library):
         path.parent.mkdir(parents=True, exist_ok=True)
         made = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent))) / path.name
         process = subprocess.Popen(
-            [*command, "-o", str(made)],
+            [*library.command, "-o", str(made)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # so that what it starts itself is ended with it
         )
-    except OSError as error:
-        raise NativeBuildError(f"{command[0]} could not make {path}: {error}.") from error
     stack.enter_context(process)
-    stack.callback(process.kill)
+    stack.callback(_end, process)
     return process, made
+
+
+@contextmanager
+def _said(library: _Library) -> Iterator[None]:
+    """A stretch in which what the system refuses is an error of the compiler's."""
+    try:
+        yield
+    except OSError as error:
+        raise NativeBuildError(
+            f"{library.command[0]} could not make {library.path}: {error}."
+        ) from error
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """Ends a compiler and all that it has started, if it has not ended."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError, PermissionError):  # it ends at this moment
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @functools.cache

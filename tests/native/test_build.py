@@ -1,10 +1,10 @@
 """Kernels are compiled once, and what goes wrong is said."""
 
 import logging
-import os
 import platform
 import re
 import sys
+import time
 
 import pytest
 
@@ -71,10 +71,15 @@ if sys.argv[1:] != ["--version"]:
 
 
 def test_one_that_fails_leaves_no_compiler_behind(fresh, monkeypatch, tmp_path):
-    script, pids = tmp_path / "cxx", tmp_path / "pids"
+    """Nor what one has started: it writes into a folder that is to go."""
+    script, beat = tmp_path / "cxx", tmp_path / "beat"
     script.write_text(
-        f"#!/bin/sh\n[ $1 = --version ] && exit 0\necho $$ >> {pids}\n"
-        "case $* in *greatest.cc*) exit 7;; esac\nexec sleep 60\n"
+        f"""#!/bin/sh
+[ $1 = --version ] && exit 0
+case $* in *greatest.cc*) until [ -e {beat} ]; do sleep 0.02; done; exit 7;; esac
+(while :; do : > {beat}; sleep 0.02; done) &
+wait
+"""
     )
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
@@ -83,9 +88,17 @@ def test_one_that_fails_leaves_no_compiler_behind(fresh, monkeypatch, tmp_path):
     with pytest.raises(NativeBuildError, match="exit status 7"):
         compiled_tuning_for("cpu", 1, "float32")
 
-    for pid in map(int, pids.read_text().split()):
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert not list(fresh.iterdir())
+    beat.unlink()
+    time.sleep(0.5)
+    assert not beat.exists()
+
+
+def test_a_compiler_that_makes_nothing_is_said(fresh, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "true")
+
+    assert compiled_tuning_for("cpu", 1, "float32") == tuning_for("cpu")
+    assert "true could not make" in caplog.text
     assert not list(fresh.iterdir())
 
 
