@@ -31,8 +31,9 @@ from jaxllm.inputs import (
     buffer_size,
     unpack,
 )
-from jaxllm.modeling.abstract import AbstractModel, Computed
+from jaxllm.modeling.abstract import AbstractModel
 from jaxllm.modeling.decoder import Decoder
+from jaxllm.modeling.layers.computed import Computed
 from jaxllm.modeling.layers.linear import Product
 from jaxllm.modeling.layers.norm import Norm
 from jaxllm.native.build import target_for
@@ -177,7 +178,7 @@ class ProgramBuilder:
         return compiled_tuning_for(*self._where)
 
     @property
-    def kernels(self) -> dict[Computed, str]:
+    def kernels(self) -> dict[type[Computed], str]:
         """What computes products with weights and norms here, as `AbstractModel.merge`."""
         return {
             Product: target_for("linear", *self._where),

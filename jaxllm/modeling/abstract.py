@@ -21,14 +21,11 @@ from jaxllm.cache.spec import CacheSpec
 from jaxllm.modeling.config import ModelConfig
 from jaxllm.modeling.decoder import Decoder
 from jaxllm.modeling.forms import bare_shape, dressed
-from jaxllm.modeling.layers.linear import Product, normal_init
-from jaxllm.modeling.layers.norm import Norm
+from jaxllm.modeling.layers.computed import Computed
+from jaxllm.modeling.layers.linear import normal_init
 from jaxllm.sharding.apply import Sharder
 
 Build = Callable[..., Decoder]
-
-Computed = type[Product] | type[Norm]
-"""Kinds of modules that a compiled kernel may compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +95,7 @@ class AbstractModel:
     def merge(
         self,
         params: Sequence[jax.Array],
-        kernels: Mapping[Computed, str] | None = None,
+        kernels: Mapping[type[Computed], str] | None = None,
         num_tokens: jax.Array | None = None,
     ) -> Decoder:
         """Returns the module over these parameters.

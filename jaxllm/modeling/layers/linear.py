@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from jaxllm.modeling.layers.computed import Computed
 from jaxllm.pallas_kernels.linear import linear
 
 
@@ -29,14 +30,8 @@ FEW_TOKENS = 32
 tokens, [3072, 576] and [576, 1536]: 1.3 to 2.1 times; 64: no difference)."""
 
 
-class Product(nnx.Module):
+class Product(Computed):
     """What multiplies its last axes with those of a weight."""
-
-    kernel: str = ""
-    """What multiplies (`AbstractModel.merge`): XLA, or the compiled kernel that it names so."""
-
-    num_tokens: nnx.Variable | None = None
-    """int32 [], how many the kernel computes, the first ones; None: all."""
 
     weight: nnx.Param
     """[*out, *in]."""
@@ -68,8 +63,7 @@ class Product(nnx.Module):
         if self.kernel:
             added = None if bias is None else bias.reshape(-1)
             stream = None if onto is None else onto.reshape(*lead, -1)
-            count = None if self.num_tokens is None else self.num_tokens[...]
-            y = linear(x, matrix, added, dtype, self.kernel, stream, count)
+            y = linear(x, matrix, added, dtype, self.kernel, stream, self.counted)
             return y.reshape(*lead, *out)
         y = multiplied(x, matrix, dtype if bias is None else jnp.float32).reshape(*lead, *out)
         if bias is not None:

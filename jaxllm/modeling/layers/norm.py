@@ -9,17 +9,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxllm.modeling.config import ModelConfig
+from jaxllm.modeling.layers.computed import Computed
 from jaxllm.pallas_kernels.norm import NormSpec, compiled_norm
 
 
-class Norm(nnx.Module):
+class Norm(Computed):
     """Normalises the last axis."""
-
-    kernel: str = ""
-    """What computes it (`AbstractModel.merge`): XLA, or the compiled kernel that it names so."""
-
-    num_tokens: nnx.Variable | None = None
-    """int32 [], how many the kernel computes, the first ones; None: all."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., E] -> [..., E], of the dtype of `x`."""
@@ -33,10 +28,7 @@ class Norm(nnx.Module):
         bias: nnx.Param | None = None,
     ) -> jax.Array:
         """Returns what the kernel makes of it, [..., E]."""
-        scale_, bias_, count = (
-            None if v is None else v[...] for v in (scale, bias, self.num_tokens)
-        )
-        return compiled_norm(x, scale_, bias_, spec, self.kernel, count)
+        return compiled_norm(x, _value(scale), _value(bias), spec, self.kernel, self.counted)
 
 
 class RMSNorm(Norm):
@@ -108,6 +100,10 @@ class LayerNorm(Norm):
         if self.bias is not None:
             x32 = x32 + jnp.broadcast_to(self.bias[...].astype(jnp.float32), x.shape)
         return x32.astype(x.dtype)
+
+
+def _value(param: nnx.Param | None) -> jax.Array | None:
+    return None if param is None else param[...]
 
 
 def _over_rms(x: jax.Array, eps: float) -> jax.Array:
