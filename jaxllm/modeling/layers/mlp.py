@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,22 +37,10 @@ class GatedMLP(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        self.gate_up = Linear(
-            {"embed": embed_dim},
-            {"mlp": mlp_dim, "parts": 2},
-            parts=(1, 1),
-            bias=bias,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.down = Linear(
-            {"mlp": mlp_dim},
-            {"embed": embed_dim},
-            bias=bias,
-            factor=factor,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        about: dict[str, Any] = {"bias": bias, "dtype": dtype, "rngs": rngs}
+        fused = {"mlp": mlp_dim, "parts": 2}
+        self.gate_up = Linear({"embed": embed_dim}, fused, parts=(1, 1), **about)
+        self.down = Linear({"mlp": mlp_dim}, {"embed": embed_dim}, factor=factor, **about)
         self.activation = activation
 
     def __call__(self, x: jax.Array, onto: jax.Array | None = None) -> jax.Array:
@@ -75,15 +64,9 @@ class MLP(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        self.up = Linear({"embed": embed_dim}, {"mlp": mlp_dim}, bias=bias, dtype=dtype, rngs=rngs)
-        self.down = Linear(
-            {"mlp": mlp_dim},
-            {"embed": embed_dim},
-            bias=bias,
-            factor=factor,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        about: dict[str, Any] = {"bias": bias, "dtype": dtype, "rngs": rngs}
+        self.up = Linear({"embed": embed_dim}, {"mlp": mlp_dim}, **about)
+        self.down = Linear({"mlp": mlp_dim}, {"embed": embed_dim}, factor=factor, **about)
         self.activation = activation
 
     def __call__(self, x: jax.Array, onto: jax.Array | None = None) -> jax.Array:
