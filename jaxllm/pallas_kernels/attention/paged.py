@@ -14,6 +14,9 @@ from jax.typing import DTypeLike
 from jaxllm.pallas_kernels.attention import native, xla
 from jaxllm.pallas_kernels.attention.spec import AttentionSpec, LayerCache, Rope, Tuning
 
+Shaped = jax.Array | jax.ShapeDtypeStruct
+"""An array, or what is known of one."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -90,7 +93,9 @@ class PagedAttend:
         """Takes [T, K, G + 2, D], tables [T, N/2] or None -> [T, H, D], the pages written."""
         if not self.takes_fused or cache is None:
             raise ValueError("Fused queries, keys and values are for a compiled kernel's cache.")
-        self.check_shapes(qkv[:, :, 0], qkv[:, :, -2], qkv[:, :, -1], cache)
+        num_tokens, num_kv_heads, _, head_dim = qkv.shape
+        key = jax.ShapeDtypeStruct((num_tokens, num_kv_heads, head_dim), qkv.dtype)
+        self.check_shapes(key, key, key, cache)
         return native.attend_fused(qkv, rope, cache, self, spec)
 
     def _attended(
@@ -109,9 +114,7 @@ class PagedAttend:
             out = out.at[: self.decode_rows].set(jnp.where(is_decode[:, None, None], decoded, rest))
         return out
 
-    def check_shapes(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, cache: tuple[jax.Array, ...]
-    ) -> None:
+    def check_shapes(self, q: Shaped, k: Shaped, v: Shaped, cache: tuple[jax.Array, ...]) -> None:
         """Raises ValueError where the operands do not belong together (trace time)."""
         num_tokens, num_heads, head_dim = q.shape
         num_kv_heads = k.shape[1]
