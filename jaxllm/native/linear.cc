@@ -120,10 +120,7 @@ void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
     for (; panel < last; ++panel) {
       const long n = panel * kRows, rows = std::min(kRows, m.N - n);
       const E* from = m.weight + n * m.K;
-      Ahead<E> next;
-      if (panel + 1 < last)
-        next = {reinterpret_cast<const char*>(from + kRows * m.K),
-                reinterpret_cast<const char*>(from + 2 * kRows * m.K)};
+      product.Begin(from, m.K, last - panel, tokens);
       if (rows < kRows || depth != m.K)
         from = Padded(from, m.K, rows, m.K, kRows, depth, scratch.rows);
       for (Some some{0, 0}; some.begin < depth; some.begin += some.numbers) {
@@ -132,7 +129,7 @@ void Run(ffi::ThreadPool& pool, const Map<E, Y>& m) {
         for (long t = 0; t < tokens; t += kTogether) {
           const long count = std::min(kTogether, tokens - t);
           float* const results = c + t * kRows;
-          product.Multiply(w, packed + Product::Packed(t, depth), some, count, results, next);
+          product.Multiply(w, packed + Product::Packed(t, depth), some, count, results);
           if (some.begin + some.numbers < depth) continue;
           for (long r = 0; m.bias && r < rows; ++r) {
             const float bias = LoadOne(m.bias + n + r);

@@ -365,6 +365,47 @@ struct Ahead {
   }
 };
 
+// The same of rows that are read across: a line of each of so many together, then the line behind
+// it of each, then of the next rows. What is asked for first lies kLead lines behind the first.
+// Behind the last row, too: to ask for memory that is not there does no harm.
+class Across {
+ public:
+  Across() = default;
+
+  // Of `rows` rows with so many bytes, from one to the next.
+  Across(const void* from, long row, long rows, long together)
+      : at_(static_cast<const char*>(from)),
+        row_(row),
+        lines_(RoundUp(row, 64) / 64),
+        left_(lines_),
+        rows_(rows),
+        together_(together) {
+    for (long i = 0; i < kLead; ++i) Go();
+  }
+
+  template <int kTogether>
+  JAXLLM_PREFETCHES void Ask() {
+    if (rows_ <= 0) return;
+    for (int r = 0; r < kTogether; ++r) __builtin_prefetch(at_ + r * row_, 0, 2);
+    Go();
+  }
+
+ private:
+  static constexpr long kLead = 4;
+
+  void Go() {
+    at_ += 64;
+    if (--left_ > 0) return;
+    at_ += together_ * row_ - lines_ * 64;
+    left_ = lines_, rows_ -= together_;
+  }
+
+  const char* at_ = nullptr;
+  long row_ = 0, lines_ = 0, left_ = 0;
+  long rows_ = 0;  // of which nothing, or not all, was asked for
+  long together_ = 0;
+};
+
 // Whether two vectors of bfloat16 at once are widened by a shift and a mask: then the first has the
 // numbers at even places, and the second those at odd ones.
 template <class T, int kV>

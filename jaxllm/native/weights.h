@@ -1,10 +1,11 @@
 // Products of some rows of a weight with some tokens, which are packed once for all rows.
 //
 // Each class has its way: `Dots` for few tokens, `Broadcasts` for many, `WeightsInTiles` for up to
-// 64 in bfloat16 where the processor multiplies matrices (`turned.h` has more). It takes `kRows`
-// rows of the weight as they lie, of a depth (the inputs) that is a multiple of `kWhole`, so many
-// of the inputs at once (`Piece`), and up to `kTogether` tokens. Results are float32: a row for
-// each row of the weight, tokens side by side; a piece is added to the pieces before it.
+// 64 in bfloat16 where the processor multiplies matrices (`turned.h` has more). It takes panels of
+// `kRows` rows of the weight as they lie, of a depth (the inputs) that is a multiple of `kWhole`,
+// so many of the inputs at once (`Piece`), and up to `kTogether` tokens. It is told where it
+// begins a panel (`Begin`) and asks for what it reads later. Results are float32: a row for each
+// row of the weight, tokens side by side; a piece is added to the pieces before it.
 
 #ifndef JAXLLM_NATIVE_WEIGHTS_H_
 #define JAXLLM_NATIVE_WEIGHTS_H_
@@ -51,6 +52,14 @@ const E* Padded(const E* from, long row, long rows, long count, long wanted, lon
   return to;
 }
 
+// What is read after a panel of so many rows, where more panels follow: the next one.
+template <class E>
+Ahead<E> NextPanel(const E* panel, long row, long rows, long panels) {
+  if (panels <= 1) return {};
+  return {reinterpret_cast<const char*>(panel + rows * row),
+          reinterpret_cast<const char*>(panel + 2 * rows * row)};
+}
+
 // ------------------------------------------------------------------ few tokens
 
 // c [kN, c_row] = w [kN, depth] times x [kM, depth], both along their rows.
@@ -94,26 +103,30 @@ class Dots {
 
   const E* Take(const E* rows, const Some&, Lines<float>&) const { return rows; }
 
-  void Multiply(const E* w, const float* x, const Some&, long tokens, float* c,
-                Ahead<E>& next) const {
-    if (tokens <= 1) return Rows<1>(w, x, c, next);
-    if (tokens <= 2) return Rows<2>(w, x, c, next);
-    if (tokens <= 4) return Rows<4>(w, x, c, next);
-    return Rows<8>(w, x, c, next);
+  void Begin(const E* panel, long row, long panels, long) {
+    next_ = NextPanel(panel, row, kRows, panels);
+  }
+
+  void Multiply(const E* w, const float* x, const Some&, long tokens, float* c) {
+    if (tokens <= 1) return Rows<1>(w, x, c);
+    if (tokens <= 2) return Rows<2>(w, x, c);
+    if (tokens <= 4) return Rows<4>(w, x, c);
+    return Rows<8>(w, x, c);
   }
 
  private:
   static constexpr int kSums = kVectors > 2 ? 24 : 8;  // that registers hold beside the rest
 
   template <int kM>
-  void Rows(const E* w, const float* x, float* c, Ahead<E>& next) const {
+  void Rows(const E* w, const float* x, float* c) {
     constexpr int kN = std::min(8, kSums / kM);
     static_assert(kRows % kN == 0);
     for (long n = 0; n < kRows; n += kN)
-      Dot<kN, kM>(w + n * depth_, depth_, x, c + n * kTogether, kTogether, next);
+      Dot<kN, kM>(w + n * depth_, depth_, x, c + n * kTogether, kTogether, next_);
   }
 
   const long depth_;
+  Ahead<E> next_;
 };
 
 // ------------------------------------------------------------------ many tokens
@@ -151,12 +164,15 @@ class Broadcasts {
     }
   }
 
-  void Multiply(const float* w, const float* x, const Some& some, long tokens, float* c,
-                Ahead<E>& next) const {
-    if (tokens <= kLanes) return Rows<12, 1>(w, x, some, c, next);
+  void Begin(const E* panel, long row, long panels, long) {
+    next_ = NextPanel(panel, row, kRows, panels);
+  }
+
+  void Multiply(const float* w, const float* x, const Some& some, long tokens, float* c) {
+    if (tokens <= kLanes) return Rows<12, 1>(w, x, some, c);
     if constexpr (kVectors > 2)
-      if (tokens <= 2 * kLanes) return Rows<12, 2>(w, x, some, c, next);
-    Rows<jaxllm::kRows, kVectors>(w, x, some, c, next);
+      if (tokens <= 2 * kLanes) return Rows<12, 2>(w, x, some, c);
+    Rows<jaxllm::kRows, kVectors>(w, x, some, c);
   }
 
  private:
@@ -164,23 +180,26 @@ class Broadcasts {
   static constexpr long kPiece = 256;
 
   template <int kR, int kV>
-  void Rows(const float* w, const float* x, const Some& some, float* c, Ahead<E>& next) const {
+  void Rows(const float* w, const float* x, const Some& some, float* c) {
     const long row = kWidens ? kPiece : depth_;
     for (long n = 0; n < kRows; n += kR)
       Tile<float, kR, kV>(w + n * row, row, x + some.begin * kTogether, kTogether,
-                          c + n * kTogether, kTogether, some.numbers, some.begin > 0, next);
+                          c + n * kTogether, kTogether, some.numbers, some.begin > 0, next_);
   }
 
   const long depth_;
+  Ahead<E> next_;
 };
 
 #ifdef JAXLLM_TILES
 
 // ------------------------------------------------------------------ bfloat16 in tiles
 
+// All tokens meet a row at once, so that its lines come from memory at an even pace: while tiles
+// are read again, nothing would.
 class WeightsInTiles {
  public:
-  static constexpr long kTogether = 2 * kTile;
+  static constexpr long kTogether = 4 * kTile;
   static constexpr long kRows = 4 * kTile;
   static constexpr long kWhole = kDepth;
 
@@ -199,61 +218,86 @@ class WeightsInTiles {
 
   const BFloat16* Take(const BFloat16* rows, const Some&, Lines<float>&) const { return rows; }
 
-  void Multiply(const BFloat16* w, const float* x, const Some&, long tokens, float* c,
-                Ahead<BFloat16>& next) const {
-    if (tokens <= kTile) return Tall(w, x, c, next);
-    Square(w, x, c, next);
-    const long half = 2 * kTile * depth_;
-    Square(w + half, x, c + 2 * kTile * kTogether, next);
+  void Begin(const BFloat16* panel, long row, long panels, long tokens) {
+    if (began_) return;  // one panel is read behind the other
+    const long bytes = row * static_cast<long>(sizeof(BFloat16));
+    ahead_ = Across(panel, bytes, panels * kRows, TilesOfRows(tokens) * kTile);
+    began_ = true;
+  }
+
+  void Multiply(const BFloat16* w, const float* x, const Some&, long tokens, float* c) {
+    if (tokens <= kTile) return Rows<1>(w, x, c);
+    if (tokens <= 2 * kTile) return Rows<2>(w, x, c);
+    if (tokens <= 3 * kTile) return Rows<3>(w, x, c);
+    Rows<4>(w, x, c);
   }
 
  private:
-  // Four tiles of rows, one of tokens.
-  void Tall(const BFloat16* w, const float* x, float* c, Ahead<BFloat16>& next) const {
-    const long w_bytes = depth_ * 2, c_bytes = kTogether * 4, tall = kTile * depth_;
-    ClearSums();
-    for (long k = 0; k < depth_; k += kDepth) {
-      next.Ask<4 * kTile>();
-      _tile_loadd(6, x + k * kTile / 2, 64);
-      _tile_loadd(4, w + k, w_bytes);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(5, w + tall + k, w_bytes);
-      _tile_dpbf16ps(1, 5, 6);
-      _tile_loadd(4, w + 2 * tall + k, w_bytes);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_loadd(5, w + 3 * tall + k, w_bytes);
-      _tile_dpbf16ps(3, 5, 6);
-    }
-    _tile_stored(0, c, c_bytes);
-    _tile_stored(1, c + kTile * kTogether, c_bytes);
-    _tile_stored(2, c + 2 * kTile * kTogether, c_bytes);
-    _tile_stored(3, c + 3 * kTile * kTogether, c_bytes);
+  // How many tiles of rows meet so many tokens at once: there are four for results.
+  static constexpr long TilesOfRows(long tokens) {
+    return tokens <= kTile ? 4 : tokens <= 2 * kTile ? 2 : 1;
   }
 
-  // Two tiles of rows, two of tokens.
-  void Square(const BFloat16* w, const float* x, float* c, Ahead<BFloat16>& next) const {
-    const long w_bytes = depth_ * 2, c_bytes = kTogether * 4;
-    const BFloat16* const below = w + kTile * depth_;
-    const float* const beside = x + kTile * depth_ / 2;
+  template <int kTokens>
+  void Rows(const BFloat16* w, const float* x, float* c) {
+    constexpr long kTiles = TilesOfRows(kTokens * kTile);
+    for (long n = 0; n < kRows; n += kTiles * kTile)
+      Block<kTiles, kTokens>(w + n * depth_, x, c + n * kTogether);
+  }
+
+  // Tiles 0 to 3 sum, 4 and 5 have rows of the weight, 6 and 7 tokens: the number of a tile is a
+  // constant of the instruction.
+  template <long kTiles, long kTokens>
+  void Block(const BFloat16* w, const float* x, float* c) {
+    const long w_bytes = depth_ * 2, w_tile = kTile * depth_, x_tile = w_tile / 2;
+    Across ahead = ahead_;  // in registers
     ClearSums();
     for (long k = 0; k < depth_; k += kDepth) {
-      next.Ask<2 * kTile>();
+      ahead.Ask<kTiles * kTile>();
+      const float* const right = x + k * kTile / 2;
       _tile_loadd(4, w + k, w_bytes);
-      _tile_loadd(6, x + k * kTile / 2, 64);
+      _tile_loadd(6, right, 64);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, beside + k * kTile / 2, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, below + k, w_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      if constexpr (kTokens == 1) {
+        _tile_loadd(5, w + w_tile + k, w_bytes);
+        _tile_dpbf16ps(1, 5, 6);
+        _tile_loadd(4, w + 2 * w_tile + k, w_bytes);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_loadd(5, w + 3 * w_tile + k, w_bytes);
+        _tile_dpbf16ps(3, 5, 6);
+      } else {
+        _tile_loadd(7, right + x_tile, 64);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (kTokens == 2) {
+        _tile_loadd(5, w + w_tile + k, w_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      if constexpr (kTokens >= 3) {
+        _tile_loadd(6, right + 2 * x_tile, 64);
+        _tile_dpbf16ps(2, 4, 6);
+      }
+      if constexpr (kTokens == 4) {
+        _tile_loadd(7, right + 3 * x_tile, 64);
+        _tile_dpbf16ps(3, 4, 7);
+      }
     }
-    _tile_stored(0, c, c_bytes);
-    _tile_stored(1, c + kTile, c_bytes);
-    _tile_stored(2, c + kTile * kTogether, c_bytes);
-    _tile_stored(3, c + kTile * kTogether + kTile, c_bytes);
+    // Where results go: beside each other of tokens, below each other of rows.
+    constexpr long kBeside = kTile, kBelow = kTile * kTogether, kBytes = kTogether * sizeof(float);
+    constexpr long kSecond = kTokens > 1 ? kBeside : kBelow;
+    constexpr long kThird = kTokens > 2 ? 2 * kBeside : kTokens == 2 ? kBelow : 2 * kBelow;
+    constexpr long kFourth = kTokens == 2 ? kBeside + kBelow : 3 * kSecond;
+    _tile_stored(0, c, kBytes);
+    _tile_stored(1, c + kSecond, kBytes);
+    _tile_stored(2, c + kThird, kBytes);
+    if constexpr (kTokens != 3) _tile_stored(3, c + kFourth, kBytes);
+    ahead_ = ahead;
   }
 
   const long depth_;
+  bool began_ = false;
+  Across ahead_;
   Tiles tiles_;
 };
 
