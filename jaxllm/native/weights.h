@@ -219,10 +219,8 @@ class WeightsInTiles {
   const BFloat16* Take(const BFloat16* rows, const Some&, Lines<float>&) const { return rows; }
 
   void Begin(const BFloat16* panel, long row, long panels, long tokens) {
-    if (began_) return;  // one panel is read behind the other
     const long bytes = row * static_cast<long>(sizeof(BFloat16));
     ahead_ = Across(panel, bytes, panels * kRows, TilesOfRows(tokens) * kTile);
-    began_ = true;
   }
 
   void Multiply(const BFloat16* w, const float* x, const Some&, long tokens, float* c) {
@@ -283,20 +281,18 @@ class WeightsInTiles {
         _tile_dpbf16ps(3, 4, 7);
       }
     }
-    // Where results go: beside each other of tokens, below each other of rows.
-    constexpr long kBeside = kTile, kBelow = kTile * kTogether, kBytes = kTogether * sizeof(float);
-    constexpr long kSecond = kTokens > 1 ? kBeside : kBelow;
-    constexpr long kThird = kTokens > 2 ? 2 * kBeside : kTokens == 2 ? kBelow : 2 * kBelow;
-    constexpr long kFourth = kTokens == 2 ? kBeside + kBelow : 3 * kSecond;
-    _tile_stored(0, c, kBytes);
-    _tile_stored(1, c + kSecond, kBytes);
-    _tile_stored(2, c + kThird, kBytes);
-    if constexpr (kTokens != 3) _tile_stored(3, c + kFourth, kBytes);
+    const auto to = [c](long tile) {  // one for each of these rows and tokens
+      return c + tile / kTokens * kTile * kTogether + tile % kTokens * kTile;
+    };
+    constexpr long kBytes = kTogether * sizeof(float);
+    _tile_stored(0, to(0), kBytes);
+    _tile_stored(1, to(1), kBytes);
+    _tile_stored(2, to(2), kBytes);
+    if constexpr (kTokens != 3) _tile_stored(3, to(3), kBytes);
     ahead_ = ahead;
   }
 
   const long depth_;
-  bool began_ = false;
   Across ahead_;
   Tiles tiles_;
 };
